@@ -1,0 +1,403 @@
+"""The one room that knows array libraries exist.
+
+Everything above it receives a namespace ``xp`` and arrays that have been checked: one
+library, one device, one floating dtype. What a library offers beyond the Array API
+standard is reached through the few functions at the end of this file and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import array_api_compat as compat
+import array_api_extra as xpx
+import numpy as np
+
+Array: TypeAlias = Any
+Namespace: TypeAlias = Any
+Shape: TypeAlias = tuple[int, ...]
+
+
+# ------------------------------------------------------------------ what came, in words
+
+
+def describe(value: object) -> str:
+    """Say what a rejected argument was, for the end of an error message."""
+    if compat.is_array_api_obj(value):
+        array: Array = value
+        return f"a {type(array).__module__.partition('.')[0]} array of dtype {array.dtype} and shape {tuple(array.shape)}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of length {len(value)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+# --------------------------------------------------------------------- checks and dtypes
+
+
+def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False) -> Namespace:
+    """Return the namespace shared by named arrays.
+
+    Parameters
+    ----------
+    arrays : mapping of str to array
+        The arrays under the names that error messages use. Values that are None are
+        optional arguments that were not given.
+    integers : bool
+        Accept integer arrays too; `promote` makes them floating.
+
+    Raises
+    ------
+    TypeError
+        If a value is not an array, if libraries or floating dtypes are mixed, or if a
+        dtype is not float32 or float64 (or an integer, where those are accepted).
+    ValueError
+        If the arrays live on different devices.
+    """
+    given = {name: array for name, array in arrays.items() if array is not None}
+    for name, array in given.items():
+        if not compat.is_array_api_obj(array):
+            raise TypeError(
+                f"{name} must be an array (NumPy, CuPy, torch, JAX, ...), got {describe(array)}; "
+                "convert it with the library's asarray first"
+            )
+    try:
+        xp = compat.array_namespace(*given.values())
+    except TypeError as error:
+        kinds = ", ".join(f"{name}: {type(array).__module__}.{type(array).__name__}" for name, array in given.items())
+        raise TypeError(f"all arrays must come from one library, got {kinds}") from error
+    floating: dict[str, Any] = {}
+    for name, array in given.items():
+        if integers and xp.isdtype(array.dtype, "integral"):
+            continue
+        if not xp.isdtype(array.dtype, "real floating") or xp.finfo(array.dtype).bits not in (32, 64):
+            expected = "float32, float64 or an integer dtype" if integers else "float32 or float64"
+            raise TypeError(f"{name} must have dtype {expected}, got {array.dtype}")
+        floating[name] = array
+    _require_equal(floating, lambda array: array.dtype, "dtype", TypeError, "convert with astype")
+    _require_equal(given, device, "device", ValueError, "move with to_device")
+    return xp
+
+
+def _require_equal(
+    arrays: Mapping[str, Any], key: Callable[[Any], Any], what: str, error: type[Exception], hint: str
+) -> None:
+    # A JAX tracer has no device; it follows the others.
+    values = {name: value for name, array in arrays.items() if (value := key(array)) is not None}
+    first = next(iter(values), None)
+    for name, value in values.items():
+        if value != values[first]:
+            raise error(f"{name} has {what} {value}, but {first} has {what} {values[first]}; {hint} so that they agree")
+
+
+def promote(xp: Namespace, *arrays: Array | None) -> tuple[Any, ...]:
+    """Give integer arrays the floating dtype of the others, or the library's default one."""
+    given = [array for array in arrays if array is not None]
+    dtypes = [array.dtype for array in given if xp.isdtype(array.dtype, "real floating")]
+    dtype = dtypes[0] if dtypes else xpx.default_dtype(xp, "real floating", device=compat.device(given[0]))
+    return tuple(array if array is None or array.dtype == dtype else xp.astype(array, dtype) for array in arrays)
+
+
+def check_matrix(name: str, array: Array, *, square: bool = False) -> None:
+    """Raise ValueError unless `array` has a matrix core (a square one, if asked)."""
+    shape = tuple(array.shape)
+    if len(shape) < 2 or (square and shape[-1] != shape[-2]):
+        expected = "(*batch, n, n)" if square else "(*batch, m, n)"
+        raise ValueError(f"{name} must have shape {expected}, got {shape}")
+
+
+def check_core(name: str, array: Array, core: Shape, why: str) -> None:
+    """Raise ValueError unless the last axes of `array` are `core`."""
+    shape = tuple(array.shape)
+    if len(shape) < len(core) or shape[len(shape) - len(core) :] != core:
+        raise ValueError(f"{name} must have shape (*batch, {', '.join(map(str, core))}) {why}, got {shape}")
+
+
+def check_option(name: str, value: object, options: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `options`."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def broadcast_batch(shapes: Mapping[str, Shape]) -> Shape:
+    """Broadcast named batch shapes.
+
+    Raises
+    ------
+    ValueError
+        If they do not broadcast; the message lists them all.
+    """
+    try:
+        return tuple(xpx.broadcast_shapes(*shapes.values())) if shapes else ()
+    except ValueError as error:
+        listed = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
+        raise ValueError(f"batch shapes must broadcast, got {listed}") from error
+
+
+def check_sequence(name: str, arrays: object, expected: str) -> tuple[Any, ...]:
+    """Return a tuple or list of arrays as a tuple.
+
+    Raises
+    ------
+    TypeError
+        If `arrays` is not a tuple or a list.
+    ValueError
+        If it is empty.
+    """
+    if not isinstance(arrays, tuple | list):
+        raise TypeError(f"{name} must be {expected}, got {describe(arrays)}")
+    if not arrays:
+        raise ValueError(f"{name} must be {expected}, got an empty {type(arrays).__name__}")
+    return tuple(arrays)
+
+
+def check_nonnegative(
+    name: str, value: Any, xp: Namespace, like: Array, *, batch: Shape | None = None, core_ndim: int = 0
+) -> Any:
+    """Check a scalar setting that may differ between members (a cut-off, a damping).
+
+    Parameters
+    ----------
+    value : float or array
+        A Python number, or an array of the library and dtype of `like`, of shape
+        (*batch,).
+    batch : tuple of int, optional
+        The batch shape that an array has to broadcast into.
+    core_ndim : int
+        How many axes of length one to append to an array, so that it lines up with
+        arrays that have core axes.
+
+    Returns
+    -------
+    float or array
+        Negative entries of an array are NaN: that member alone is bad.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a number nor an array.
+    ValueError
+        If it is a negative or NaN Python number, or of a shape that does not broadcast.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+        return float(value)
+    if not compat.is_array_api_obj(value):
+        raise TypeError(f"{name} must be a number or an array of shape (*batch,), got {describe(value)}")
+    check_arrays({name: value, "the other arrays": like})
+    if batch is not None:
+        try:
+            fits = xpx.broadcast_shapes(tuple(value.shape), batch) == batch
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} must have a shape that broadcasts to the batch shape {batch}, got {tuple(value.shape)}")
+    value = xp.where(value >= 0, value, xp.nan)
+    return xp.reshape(value, (*value.shape, *(1,) * core_ndim))
+
+
+# ------------------------------------------------------------------------- constructors
+
+
+def device(array: Array) -> Any:
+    """The device of an array; None for a JAX tracer, which has none yet."""
+    return compat.device(array)
+
+
+def eye(xp: Namespace, n: int, like: Array) -> Array:
+    """Identity matrix of the dtype and device of `like`."""
+    return xp.eye(n, dtype=like.dtype, device=device(like))
+
+
+def asarray_like(xp: Namespace, value: Any, like: Array) -> Array:
+    """`value` (a NumPy array or nested numbers) as an array of `like`'s dtype and device."""
+    return xp.asarray(value, dtype=like.dtype, device=device(like))
+
+
+def eps(xp: Namespace, like: Array) -> float:
+    """Machine epsilon of the dtype of `like`."""
+    return float(xp.finfo(like.dtype).eps)
+
+
+def finite_members(xp: Namespace, *arrays: Array) -> Array:
+    """Which members of a stack of matrices have no NaN or Inf, with core axes kept as ones."""
+    flags = [xp.all(xp.isfinite(array), axis=(-2, -1), keepdims=True) for array in arrays]
+    result = flags[0]
+    for flag in flags[1:]:
+        result = result & flag
+    return result
+
+
+# ------------------------------------------------- what lies outside the standard: a table
+
+
+def is_lazy(array: Array) -> bool:
+    """Whether values cannot be looked at: a JAX tracer or a Dask array."""
+    if compat.is_jax_array(array):
+        return isinstance(array, sys.modules["jax"].core.Tracer)
+    return bool(compat.is_lazy_array(array))
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """Copy an array of any library to the host, for reports and files."""
+    if compat.is_cupy_array(array):
+        return np.asarray(array.get())
+    if compat.is_torch_array(array):
+        return np.asarray(array.detach().cpu().numpy())
+    if compat.is_dask_array(array):
+        return np.asarray(array.compute())
+    if type(array).__module__.startswith("array_api_strict"):
+        strict = sys.modules["array_api_strict"]
+        array = array.to_device(strict.Device("CPU_DEVICE"))
+    return np.asarray(array)
+
+
+def eager_any(xp: Namespace, flags: Array) -> bool | None:
+    """One scalar brought to the host: whether any flag is set; None for lazy arrays."""
+    if is_lazy(flags):
+        return None
+    return bool(xp.any(flags))
+
+
+def cholesky(xp: Namespace, a: Array) -> Array:
+    """Lower Cholesky factors; NaN, or garbage on CuPy, in members that have none.
+
+    Libraries that raise for a whole stack do not say which member failed, so the stack
+    is halved until every failure is alone.
+    """
+    finite = finite_members(xp, a)
+    safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
+    if compat.is_torch_array(a):
+        factor, failed = sys.modules["torch"].linalg.cholesky_ex(safe)
+        finite = finite & (failed == 0)[..., None, None]
+    elif compat.is_jax_array(a) or compat.is_cupy_array(a):
+        factor = xp.linalg.cholesky(safe)
+    else:
+        flat = _cholesky_by_halving(xp, xp.reshape(safe, (-1, *a.shape[-2:]))) if a.size else safe
+        factor = xp.reshape(flat, a.shape)
+    return xp.where(finite, factor, xp.nan)
+
+
+def _cholesky_by_halving(xp: Namespace, a: Array) -> Array:
+    try:
+        return xp.linalg.cholesky(a)
+    except np.linalg.LinAlgError:
+        count = a.shape[0]
+        if count == 1:
+            return xp.full_like(a, xp.nan)
+        return xp.concat([_cholesky_by_halving(xp, a[: count // 2]), _cholesky_by_halving(xp, a[count // 2 :])])
+
+
+def while_loop(condition: Callable[[Any], Array], body: Callable[[Any], Any], state: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Repeat `body` on a tuple of arrays while `condition` holds.
+
+    Traced JAX arrays become one compiled loop; on other arrays the condition costs one
+    scalar brought to the host per round.
+    """
+    if any(compat.is_jax_array(leaf) and is_lazy(leaf) for leaf in state):
+        result: tuple[Any, ...] = sys.modules["jax"].lax.while_loop(condition, body, state)
+        return result
+    while bool(condition(state)):
+        state = body(state)
+    return state
+
+
+def register_pytree(cls: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: Callable[[Any, Any], Any]) -> None:
+    """Make a class a JAX pytree, once, when JAX is there."""
+    jax = sys.modules.get("jax")
+    if jax is not None and cls not in _registered:
+        jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+        _registered.add(cls)
+
+
+_registered: set[type] = set()
+
+
+def available_bytes(array: Array) -> int | None:
+    """Free memory on the device of `array`, or None where it cannot be told."""
+    if compat.is_cupy_array(array):
+        return int(sys.modules["cupy"].cuda.runtime.memGetInfo()[0])
+    if compat.is_torch_array(array) and array.device.type == "cuda":
+        return int(sys.modules["torch"].cuda.mem_get_info(array.device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def check_fits(what: str, shape: Shape, xp: Namespace, like: Array, instead: str) -> None:
+    """Raise ValueError when an array of `shape` would not fit in memory, before it is made."""
+    free = available_bytes(like)
+    # An assembled matrix and the pieces it is assembled from live side by side.
+    needed = 2 * math.prod(shape) * xp.finfo(like.dtype).bits // 8
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{what} of shape {shape} needs about {needed / 1e9:.1f} GB while {free / 1e9:.1f} GB are free; {instead}"
+        )
+
+
+# ----------------------------------------------------------------------------- randomness
+
+
+def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array:
+    """Draw independent N(0, 1) variables of the library, dtype and device of `like`.
+
+    Parameters
+    ----------
+    rng : int, numpy.random.Generator, cupy.random.Generator, torch.Generator, JAX key, or array
+        Where randomness comes from. An array is noise already drawn and is returned if
+        its shape fits. Draws of an integer seed and of a NumPy generator are made on the
+        host and so are the same on every library.
+
+    Raises
+    ------
+    TypeError
+        If `rng` is none of these, or a host generator under a JAX trace, where its draw
+        would freeze into a constant.
+    """
+    if isinstance(rng, bool) or rng is None:
+        raise TypeError(f"rng must be a generator, a key, an integer seed or an array of noise, got {describe(rng)}")
+    if isinstance(rng, int):
+        rng = np.random.default_rng(rng)
+    if isinstance(rng, np.random.Generator):
+        if is_lazy(like):
+            raise TypeError("rng is a NumPy generator or seed under a JAX trace, where its draw would be a constant; pass a JAX key")
+        return asarray_like(xp, rng.standard_normal(shape), like)
+    module = type(rng).__module__.partition(".")[0]
+    if _is_jax_key(rng):
+        return sys.modules["jax"].random.normal(rng, shape, dtype=like.dtype)
+    if compat.is_array_api_obj(rng):
+        check_arrays({"rng": rng, "the other arrays": like})
+        check_core("rng", rng, shape, "when it is noise already drawn")
+        return rng
+    if module == "torch":
+        return sys.modules["torch"].randn(shape, generator=rng, dtype=like.dtype, device=rng.device)
+    if module == "cupy":
+        return rng.standard_normal(size=shape, dtype=like.dtype)
+    raise TypeError(f"rng must be a generator, a key, an integer seed or an array of noise, got {describe(rng)}")
+
+
+def _is_jax_key(rng: Any) -> bool:
+    if not compat.is_jax_array(rng):
+        return False
+    jax = sys.modules["jax"]
+    return bool(jax.numpy.issubdtype(rng.dtype, jax.dtypes.prng_key) or (rng.dtype == np.uint32 and rng.shape == (2,)))
+
+
+def split_rng(rng: Any, count: int) -> list[Any]:
+    """`count` sources of randomness from one; generators advance, keys are split."""
+    if isinstance(rng, int) and not isinstance(rng, bool):
+        rng = np.random.default_rng(rng)
+    if _is_jax_key(rng):
+        return list(sys.modules["jax"].random.split(rng, count))
+    return [rng] * count
