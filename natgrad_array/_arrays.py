@@ -131,7 +131,7 @@ def broadcast_batch(shapes: Mapping[str, Shape]) -> Shape:
         If they do not broadcast; the message lists them all.
     """
     try:
-        return tuple(xpx.broadcast_shapes(*shapes.values())) if shapes else ()
+        return tuple(np.broadcast_shapes(*shapes.values())) if shapes else ()
     except ValueError as error:
         listed = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
         raise ValueError(f"batch shapes must broadcast, got {listed}") from error
@@ -191,7 +191,7 @@ def check_nonnegative(
     check_arrays({name: value, "the other arrays": like})
     if batch is not None:
         try:
-            fits = xpx.broadcast_shapes(tuple(value.shape), batch) == batch
+            fits = np.broadcast_shapes(tuple(value.shape), batch) == batch
         except ValueError:
             fits = False
         if not fits:
@@ -201,6 +201,11 @@ def check_nonnegative(
 
 
 # ------------------------------------------------------------------------- constructors
+
+
+def namespace(array: Array) -> Namespace:
+    """The namespace of an array that has been checked before."""
+    return compat.array_namespace(array)
 
 
 def device(array: Array) -> Any:

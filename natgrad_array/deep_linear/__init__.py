@@ -1,0 +1,34 @@
+"""The exact theory of deep linear networks with Gaussian noise.
+
+A network is a sequence of weights (W_1, ..., W_L), first layer first, each of shape
+(*batch, n_i, n_{i-1}). Functions broadcast over the batch axes of weights and task.
+"""
+
+from natgrad_array.deep_linear.fisher import DeepLinearFisher, fisher
+from natgrad_array.deep_linear.natural import exact_velocity, natural_gradient, projections
+from natgrad_array.deep_linear.products import (
+    balancedness,
+    end_to_end,
+    end_to_end_kernel,
+    end_to_end_velocity,
+    excess_loss,
+    gradient,
+    loss,
+    regime,
+)
+
+__all__ = [
+    "DeepLinearFisher",
+    "balancedness",
+    "end_to_end",
+    "end_to_end_kernel",
+    "end_to_end_velocity",
+    "exact_velocity",
+    "excess_loss",
+    "fisher",
+    "gradient",
+    "loss",
+    "natural_gradient",
+    "projections",
+    "regime",
+]

@@ -1,0 +1,579 @@
+"""The exact Fisher information of a deep linear network with Gaussian noise.
+
+Everything is written in whitened coordinates. With E_i and X_i the factors of layer i's
+two covariances (Eqs 38–39), C the stack of X_i ⊗ E_i, and H an (n_L, ρ) matrix:
+
+    F = C Cᵀ,    (C vec H)_i = E_i H X_iᵀ,    Cᵀ d = vec Σ_i E_iᵀ d_i X_i,
+
+and the gradient of the loss is −C vec(error). Each inverse is a rule that turns such a
+gradient, layer by layer, into a direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from natgrad_array import _arrays, linalg
+from natgrad_array._arrays import Array, Shape
+from natgrad_array.deep_linear import moore_penrose
+from natgrad_array.deep_linear.products import (
+    Weights,
+    check_tangent,
+    check_weights,
+    products,
+    sum_kernels,
+    widths,
+)
+from natgrad_array.deep_linear.task import GaussianTask
+
+INVERSES = ("layerwise", "exact", "moore_penrose", "block_diagonal")
+
+T = TypeVar("T")
+
+
+def fisher(weights: Weights, task: GaussianTask, /) -> DeepLinearFisher:
+    """The exact Fisher information of a network: factor once, apply many times.
+
+    Parameters
+    ----------
+    weights : sequence of arrays, shapes (*batch, n_i, n_{i-1})
+        The network, or an ensemble of them.
+    task : GaussianTask
+        Gives the input moment and the noise covariance; its targets play no part.
+
+    Returns
+    -------
+    DeepLinearFisher
+        All blocks, those between layers included.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `weights` is not a network or does not fit `task`.
+
+    Notes
+    -----
+    Eqs 13–22 of Bernacchia, Lengyel and Hennequin (2018), supplement. The average is over
+    the model's own noise, not over the residuals of the data.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> one = np.asarray([[1.0]])
+    >>> task = ng.GaussianTask(one, one, one, 2 * one)
+    >>> ng.deep_linear.fisher([2 * one, 3 * one], task).to_dense()
+    array([[9., 6.],
+           [6., 4.]])
+    """
+    return DeepLinearFisher(weights, task)
+
+
+class Subspaces(NamedTuple):
+    """Orthonormal bases adapted to the nested ranges of all layers.
+
+    Left direction p lies in the range of ahead products (Q_i) of `left_count` layers, the
+    last ones; right direction q in the row space of behind products (R_i) of
+    `right_count` layers, the first ones. The layers that have both can realise p qᵀ.
+    """
+
+    left: Array
+    """U, (*batch, n_L, n_L)."""
+    left_count: Array
+    """(*batch, n_L, 1)."""
+    right: Array
+    """V, (*batch, ρ, ρ)."""
+    right_count: Array
+    """(*batch, 1, ρ)."""
+
+
+class DeepLinearFisher:
+    """Fisher information of a deep linear network; made by `fisher`.
+
+    Parameters
+    ----------
+    weights : sequence of arrays, shapes (*batch, n_i, n_{i-1})
+        The network.
+    task : GaussianTask
+        Gives the input moment and the noise covariance.
+
+    Notes
+    -----
+    A tangent, a gradient or a direction is a tuple with one array of the shape of each
+    layer's weights. In dense matrices layers follow each other and Vec stacks columns.
+    """
+
+    def __init__(self, weights: Weights, task: GaussianTask) -> None:
+        self._xp, self._layers = check_weights(weights, task)
+        self._task = task
+        self._products = products(self._layers, task)
+        self._memory: dict[Any, Any] = {}
+
+    # ------------------------------------------------------------------------ the matrix
+
+    @property
+    def batch_shape(self) -> Shape:
+        """Batch shape of network and task together."""
+        return tuple(self._products.error.shape[:-2])
+
+    @property
+    def n_parameters(self) -> int:
+        """P = Σ n_i n_{i-1}."""
+        return sum(int(layer.shape[-2] * layer.shape[-1]) for layer in self._layers)
+
+    def factors(self, i: int, j: int, /) -> tuple[Array, Array]:
+        """Compute the two Kronecker factors of block (i, j).
+
+        Parameters
+        ----------
+        i, j : int
+            Layers, counted from 0.
+
+        Returns
+        -------
+        forward : array, shape (*batch, n_{i-1}, n_{j-1})
+            W_i^b Σ W_j^bᵀ, the moment of the layers' inputs.
+        backward : array, shape (*batch, n_i, n_j)
+            W_i^aᵀ Σ̃⁻¹ W_j^a, the moment of the errors that the model's noise sends back.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> one = np.asarray([[1.0]])
+        >>> task = ng.GaussianTask(one, one, one, 2 * one)
+        >>> ng.deep_linear.fisher([2 * one, 3 * one], task).factors(0, 1)
+        (array([[2.]]), array([[3.]]))
+        """
+        i, j = self._check_layer("i", i), self._check_layer("j", j)
+        ahead, behind, _ = self._products
+        return behind[i] @ behind[j].mT, ahead[i] @ ahead[j].mT
+
+    def block(self, i: int, j: int, /) -> Array:
+        """Compute the dense block between two layers.
+
+        Parameters
+        ----------
+        i, j : int
+            Layers, counted from 0.
+
+        Returns
+        -------
+        array, shape (*batch, n_i n_{i-1}, n_j n_{j-1})
+            The Kronecker product of the two `factors`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer, or the block would not fit in memory.
+
+        Notes
+        -----
+        Eq 19 of Bernacchia, Lengyel and Hennequin (2018), supplement.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> one = np.asarray([[1.0]])
+        >>> task = ng.GaussianTask(one, one, one, 2 * one)
+        >>> ng.deep_linear.fisher([2 * one, 3 * one], task).block(0, 1)
+        array([[6.]])
+        """
+        forward, backward = self.factors(i, j)
+        shape = (forward.shape[-2] * backward.shape[-2], forward.shape[-1] * backward.shape[-1])
+        _arrays.check_fits(f"block ({i}, {j})", (*self.batch_shape, *shape), self._xp, forward, "use F.factors or F.matvec")
+        return linalg.kron(self._xp, forward, backward)
+
+    def to_dense(self) -> Array:
+        """Assemble the whole matrix, for small P.
+
+        Returns
+        -------
+        array, shape (*batch, P, P)
+            All blocks, layers in order.
+
+        Raises
+        ------
+        ValueError
+            If it would not fit in memory, before anything is allocated.
+
+        Notes
+        -----
+        Eq 22 of Bernacchia, Lengyel and Hennequin (2018), supplement.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> one = np.asarray([[1.0]])
+        >>> task = ng.GaussianTask(one, one, one, 2 * one)
+        >>> ng.deep_linear.fisher([one], task).to_dense()
+        array([[1.]])
+        """
+        size = self.n_parameters
+        shape = (*self.batch_shape, size, size)
+        _arrays.check_fits("the dense Fisher matrix", shape, self._xp, self._products.error, "use F.matvec, which never forms it")
+        root = self._dense_root()
+        return root @ root.mT
+
+    def matvec(self, tangent: Weights, /) -> tuple[Array, ...]:
+        """Multiply a tangent by F with 4L small products.
+
+        Parameters
+        ----------
+        tangent : sequence of arrays, shapes (*batch, n_i, n_{i-1})
+            What to multiply.
+
+        Returns
+        -------
+        tuple of arrays, shapes (*batch, n_i, n_{i-1})
+            F times the tangent.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `tangent` does not have the layers of the network.
+
+        Notes
+        -----
+        Eq 22 of Bernacchia, Lengyel and Hennequin (2018), supplement: A(B(Aᵀ tangent)).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> one = np.asarray([[1.0]])
+        >>> task = ng.GaussianTask(one, one, one, 2 * one)
+        >>> ng.deep_linear.fisher([2 * one, 3 * one], task).matvec((one, 0 * one))
+        (array([[9.]]), array([[6.]]))
+        """
+        return self._from_function_space(self._to_function_space(check_tangent("tangent", tangent, self._layers)))
+
+    # --------------------------------------------------------------------------- inverses
+
+    def precondition(
+        self,
+        gradient: Weights,
+        /,
+        *,
+        inverse: str = "layerwise",
+        rtol: float | Array | None = None,
+        method: str = "auto",
+    ) -> tuple[Array, ...]:
+        """Apply a generalised inverse of F to a gradient, a stochastic one too.
+
+        Parameters
+        ----------
+        gradient : sequence of arrays, shapes (*batch, n_i, n_{i-1})
+            Any gradient of the network's parameters.
+        inverse : {"layerwise", "exact", "moore_penrose", "block_diagonal"}
+            Which inverse, as in `natural_gradient`.
+        rtol : float or array of shape (*batch,), optional
+            Cut-off, as in `natural_gradient`.
+        method : {"auto", "eigh", "cholesky"}
+            How layers are inverted, as in `natural_gradient`.
+
+        Returns
+        -------
+        tuple of arrays, shapes (*batch, n_i, n_{i-1})
+            The direction; an update subtracts it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `gradient` does not have the layers of the network, `rtol` is negative, or
+            an option is unknown.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> one = np.asarray([[1.0]])
+        >>> task = ng.GaussianTask(one, one, one, 2 * one)
+        >>> F = ng.deep_linear.fisher([one, 2 * one], task)
+        >>> F.precondition((4 * one, 2 * one))
+        (array([[0.5]]), array([[1.]]))
+        """
+        tangent = check_tangent("gradient", gradient, self._layers)
+        rtol = self._check_inverse(inverse, rtol, method)
+        if inverse == "moore_penrose":
+            return self._moore_penrose(rtol).apply(tangent)
+        duals = self._duals(rtol, method)
+        whitened = [e.mT @ g @ x for (e, x), g in zip(duals, tangent, strict=True)]
+        return self._layer_rule(inverse, duals, whitened)
+
+    def natural_gradient(self, inverse: str, rtol: float | Array | None, method: str) -> tuple[Array, ...]:
+        """Precondition the task's own gradient, whose whitened form is known: one inverse less."""
+        rtol = self._check_inverse(inverse, rtol, method)
+        error = -self._products.error
+        if inverse == "moore_penrose":
+            return self._moore_penrose(rtol).apply_to_function_space(error)
+        depth = range(len(self._layers))
+        # One layer's inverses at a time: an ensemble's memory stays near that of its weights.
+        duals = self._duals(rtol, method) if inverse == "exact" else (self._dual_pair(i, rtol, method) for i in depth)
+        return self._layer_rule(inverse, duals, [error for _ in depth])
+
+    def _layer_rule(self, inverse: str, duals: Any, whitened: list[Array]) -> tuple[Array, ...]:
+        """E_i⁺ᵀ Y_i X_i⁺ for every layer, where Y_i is its share of the whitened gradient."""
+        depth = len(self._layers)
+        if inverse == "exact":
+            whitened = self._shares(whitened)
+        scale = 1.0 / depth if inverse == "layerwise" else 1.0
+        return tuple(scale * (e @ y @ x.mT) for (e, x), y in zip(duals, whitened, strict=True))
+
+    def _shares(self, whitened: list[Array]) -> list[Array]:
+        """Give each piece of the error to the layers that can realise it, in equal parts."""
+        xp, spaces, depth = self._xp, self._subspaces(), len(self._layers)
+        realised_by = spaces.left_count + spaces.right_count - depth
+        part = 1.0 / xp.where(realised_by > 0.5, realised_by, 1.0)
+        shares = []
+        for i, y in enumerate(whitened):
+            takes_part = (spaces.left_count > depth - i - 0.5) & (spaces.right_count > i + 0.5)
+            rotated = spaces.left.mT @ y @ spaces.right
+            shares.append(spaces.left @ xp.where(takes_part, part * rotated, 0.0) @ spaces.right.mT)
+        return shares
+
+    def exact_velocity(self) -> Array:
+        """Compute R⁻¹ dW S of every natural gradient: the part of the error that layers can realise."""
+        return self.realisable(-self._products.error)
+
+    def realisable(self, error: Array) -> Array:
+        """Project a whitened (n_L, ρ) matrix onto the velocities that the network has."""
+        xp, spaces, depth = self._xp, self._subspaces(), len(self._layers)
+        kept = spaces.left_count + spaces.right_count - depth > 0.5
+        rotated = spaces.left.mT @ error @ spaces.right
+        return spaces.left @ xp.where(kept, rotated, 0.0) @ spaces.right.mT
+
+    def projectors(self) -> list[tuple[Array, Array]]:
+        """The pairs Q_i, R_i: projectors on range(R⁻¹ W_i^a) and on the row space of W_i^b S."""
+
+        def compute() -> list[tuple[Array, Array]]:
+            ahead, behind, _ = self._products
+            return [
+                (linalg.symmetric_part(a.mT @ e), linalg.symmetric_part(b.mT @ x))
+                for (e, x), a, b in zip(self._duals(None, "auto"), ahead, behind, strict=True)
+            ]
+
+        return self._remember("projectors", compute)
+
+    def _subspaces(self) -> Subspaces:
+        """Bases that split all nested ranges at once.
+
+        Nested projectors commute, and the eigenvalue of their sum at a direction is the
+        number of layers that reach it: an integer, so the bases are well determined.
+        """
+
+        def compute() -> Subspaces:
+            xp = self._xp
+            (left, right), *others = self.projectors()
+            for q, r in others:
+                left, right = left + q, right + r
+            left_count, u = linalg.eigh(xp, left)
+            right_count, v = linalg.eigh(xp, right)
+            return Subspaces(u, xp.round(left_count)[..., :, None], v, xp.round(right_count)[..., None, :])
+
+        return self._remember("subspaces", compute)
+
+    def _duals(self, rtol: float | Array | None, method: str) -> list[tuple[Array, Array]]:
+        """E_i⁺ᵀ and X_i⁺ᵀ of every layer."""
+
+        def compute() -> list[tuple[Array, Array]]:
+            return [self._dual_pair(i, rtol, method) for i in range(len(self._layers))]
+
+        return self._remember(("duals", method), compute) if rtol is None else compute()
+
+    def _dual_pair(self, i: int, rtol: float | Array | None, method: str) -> tuple[Array, Array]:
+        ahead, behind, _ = self._products
+        sizes = self._effective_widths()
+        pair = []
+        for factor, along in ((ahead[i], sizes[i + 1 :]), (behind[i], sizes[: i + 1])):
+            # Rounding of a product grows with the lengths of all sums behind it.
+            cutoff = sum(along) * _arrays.eps(self._xp, factor) if rtol is None else rtol
+            pair.append(linalg.dual(self._xp, factor, min(along), cutoff, method))
+        return pair[0], pair[1]
+
+    def _moore_penrose(self, rtol: float | Array | None) -> moore_penrose.Inverse:
+        """F⁺ in the form that suits the network's size."""
+        xp, depth = self._xp, len(self._layers)
+        size = self._products.error.shape[-2] * self._products.error.shape[-1]
+        if rtol is None and depth > 1 and (depth == 2 or size > moore_penrose.DENSE_SIZE):
+            return self._remember("kernel", lambda: moore_penrose.Kernel(self))
+        if rtol is None:
+            return self._remember("dense", lambda: moore_penrose.Dense(self, None))
+        return moore_penrose.Dense(self, rtol)
+
+    # ------------------------------------------------------------------- rank and spectrum
+
+    def rank(self) -> Array:
+        """Count the directions in which the parameters carry information.
+
+        Returns
+        -------
+        array, shape (*batch,), floating
+            Rank of F, at most n_0 n_L, from the ranks of the products ahead of and behind
+            each layer: Σ_i (rank W_i^a − rank W_{i-1}^a) · rank W_i^b. NaN for a member
+            that is not finite.
+
+        Notes
+        -----
+        With all layers of full rank and narrowest width r this is r (n_0 + n_L − r), or
+        n_0 n_L without a bottleneck; the rank of Σ stands for n_0.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> task = ng.GaussianTask(np.eye(5), np.eye(5), np.eye(5), 2 * np.eye(5))
+        >>> rng = np.random.default_rng(0)
+        >>> narrow = rng.standard_normal((2, 5)), rng.standard_normal((5, 2))
+        >>> float(ng.deep_linear.fisher(narrow, task).rank())
+        16.0
+        """
+        xp = self._xp
+        total, before = None, 0.0
+        for q, r in self.projectors():
+            left, right = xp.round(xp.linalg.trace(q)), xp.round(xp.linalg.trace(r))
+            part = (left - before) * right
+            total = part if total is None else total + part
+            before = left
+        return total
+
+    def spectrum(self) -> Array:
+        """Compute the eigenvalues of F that can differ from zero, ascending.
+
+        Returns
+        -------
+        array, shape (*batch, n_0 n_L)
+            Eigenvalues of the (n_0 n_L)² matrix CᵀC with F = CCᵀ. All other eigenvalues
+            of F are zero; where P < n_0 n_L the first ones here are zeros beyond F's own.
+
+        Raises
+        ------
+        ValueError
+            If the (n_0 n_L)² matrix would not fit in memory.
+
+        Notes
+        -----
+        Absolute accuracy is that of the largest eigenvalue: those below n_0 n_L · eps
+        times it are zero to rounding.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> one = np.asarray([[1.0]])
+        >>> task = ng.GaussianTask(one, one, one, 2 * one)
+        >>> ng.deep_linear.fisher([2 * one, 3 * one], task).spectrum()
+        array([13.])
+        """
+        xp, (ahead, behind, error) = self._xp, self._products
+        n_out, rank = error.shape[-2:]
+        shape = (*self.batch_shape, n_out * rank, n_out * rank)
+        _arrays.check_fits("the matrix behind the spectrum", shape, xp, error, "use F.rank, or F.matvec with an iterative solver")
+        values, _ = linalg.eigh(xp, sum_kernels(xp, ahead, behind))
+        missing = n_out * (self._layers[0].shape[-1] - rank)
+        zeros = xp.zeros((*values.shape[:-1], missing), dtype=values.dtype, device=_arrays.device(values))
+        return xp.concat([zeros, xp.where(values < 0.0, 0.0, values)], axis=-1)
+
+    def logdet(self) -> Array:
+        """Compute the logarithm of the product of the nonzero eigenvalues of F.
+
+        Returns
+        -------
+        array, shape (*batch,)
+            Sum of the logarithms of the `rank` largest entries of `spectrum`.
+
+        Raises
+        ------
+        ValueError
+            As `spectrum` does.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> one = np.asarray([[1.0]])
+        >>> task = ng.GaussianTask(one, one, one, 2 * one)
+        >>> float(ng.deep_linear.fisher([0 * one, one], task).logdet())
+        0.0
+        """
+        xp, values = self._xp, self.spectrum()
+        order = xp.arange(values.shape[-1], 0, -1, dtype=values.dtype, device=_arrays.device(values))
+        counted = (order <= self.rank()[..., None]) | xp.isnan(values)
+        return xp.sum(xp.log(xp.where(counted, values, 1.0)), axis=-1)
+
+    # ----------------------------------------------------------------------------- within
+
+    def _to_function_space(self, tangent: tuple[Array, ...]) -> Array:
+        """Cᵀ: the whitened end-to-end velocity of a tangent."""
+        ahead, behind, _ = self._products
+        total = ahead[0].mT @ tangent[0] @ behind[0]
+        for e, d, x in zip(ahead[1:], tangent[1:], behind[1:], strict=True):
+            total = total + e.mT @ d @ x
+        return total
+
+    def _from_function_space(self, h: Array) -> tuple[Array, ...]:
+        """C: the tangent E_i H X_iᵀ."""
+        ahead, behind, _ = self._products
+        return tuple(e @ h @ x.mT for e, x in zip(ahead, behind, strict=True))
+
+    def _dense_root(self) -> Array:
+        """C as an array, (*batch, P, n_L ρ)."""
+        xp, (ahead, behind, _) = self._xp, self._products
+        rows = [linalg.kron(xp, x, e) for e, x in zip(ahead, behind, strict=True)]
+        batch = self.batch_shape
+        return xp.concat([xp.broadcast_to(row, (*batch, *row.shape[-2:])) for row in rows], axis=-2)
+
+    def _split(self, vector: Array) -> tuple[Array, ...]:
+        """Undo the stacking of all layers' columns: (*batch, P) to a tuple."""
+        parts, start = [], 0
+        for layer in self._layers:
+            m, n = layer.shape[-2:]
+            parts.append(linalg.unvec(self._xp, vector[..., start : start + m * n], m, n))
+            start += m * n
+        return tuple(parts)
+
+    def _effective_widths(self) -> Shape:
+        """Widths with the rank of Σ in place of n_0."""
+        return (self._task.input_rank, *widths(self._layers)[1:])
+
+    def _check_inverse(self, inverse: str, rtol: Any, method: str) -> Any:
+        """Check options; return the cut-off on singular values, the root of that on eigenvalues."""
+        _arrays.check_option("inverse", inverse, INVERSES)
+        _arrays.check_option("method", method, linalg.METHODS)
+        if rtol is None:
+            return None
+        rtol = _arrays.check_nonnegative("rtol", rtol, self._xp, self._layers[0], batch=self.batch_shape)
+        return rtol**0.5
+
+    def _check_layer(self, name: str, index: object) -> int:
+        depth = len(self._layers)
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < depth:
+            raise ValueError(f"{name} must be a layer from 0 to {depth - 1}, got {index!r}")
+        return index
+
+    def _remember(self, key: Any, compute: Callable[[], T]) -> T:
+        """Compute once. Tracers are not kept: they must not outlive their trace."""
+        if key not in self._memory:
+            value = compute()
+            if _arrays.is_lazy(self._products.error) or _any_lazy(value):
+                return value
+            self._memory[key] = value
+        result: T = self._memory[key]
+        return result
+
+
+def _any_lazy(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_any_lazy(item) for item in value)
+    if isinstance(value, moore_penrose.Inverse):
+        return any(_any_lazy(item) for item in vars(value).values())
+    return hasattr(value, "dtype") and _arrays.is_lazy(value)
+
