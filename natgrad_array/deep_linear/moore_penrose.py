@@ -142,7 +142,8 @@ class Kernel(Inverse):
         if not self.middle:
             return y
         xp = self.fisher._xp
-        precision = _arrays.eps(xp, rhs)
+        # The right side is in the range only to rounding; what lies outside never shrinks.
+        precision = (rhs.shape[-2] + rhs.shape[-1]) * _arrays.eps(xp, rhs)
         target = precision**2 * _dot(rhs, rhs)
         residual = rhs - self._times(y)
         z = self.preconditioner * residual

@@ -409,7 +409,7 @@ def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Arra
         power, basis, kept = power[..., n_in - rank :], basis[..., n_in - rank :], kept[..., n_in - rank :]
     scale = xp.sqrt(xp.where(kept | xp.isnan(power), power, 0.0))
     unscale = linalg.reciprocal(xp, scale, kept)
-    live = basis * xp.where(kept, 1.0, 0.0)[..., None, :]
+    live = xp.where(kept[..., None, :], basis, 0.0)
     input_root, input_root_pinv = basis * scale[..., None, :], (basis * unscale[..., None, :]).mT
 
     if not lazy:
