@@ -29,7 +29,9 @@ def describe(value: object) -> str:
     """Say what a rejected argument was, for the end of an error message."""
     if compat.is_array_api_obj(value):
         array: Array = value
-        return f"a {type(array).__module__.partition('.')[0]} array of dtype {array.dtype} and shape {tuple(array.shape)}"
+        return (
+            f"a {type(array).__module__.partition('.')[0]} array of dtype {array.dtype} and shape {tuple(array.shape)}"
+        )
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of length {len(value)}"
     return f"{type(value).__name__} {value!r}"
@@ -87,10 +89,10 @@ def _require_equal(
 ) -> None:
     # A JAX tracer has no device; it follows the others.
     values = {name: value for name, array in arrays.items() if (value := key(array)) is not None}
-    first = next(iter(values), None)
-    for name, value in values.items():
-        if value != values[first]:
-            raise error(f"{name} has {what} {value}, but {first} has {what} {values[first]}; {hint} so that they agree")
+    for first, expected in list(values.items())[:1]:
+        for name, value in values.items():
+            if value != expected:
+                raise error(f"{name} has {what} {value}, but {first} has {what} {expected}; {hint} so that they agree")
 
 
 def promote(xp: Namespace, *arrays: Array | None) -> tuple[Any, ...]:
@@ -195,7 +197,9 @@ def check_nonnegative(
         except ValueError:
             fits = False
         if not fits:
-            raise ValueError(f"{name} must have a shape that broadcasts to the batch shape {batch}, got {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} must have a shape that broadcasts to the batch shape {batch}, got {tuple(value.shape)}"
+            )
     value = xp.where(value >= 0, value, xp.nan)
     return xp.reshape(value, (*value.shape, *(1,) * core_ndim))
 
@@ -235,6 +239,14 @@ def finite_members(xp: Namespace, *arrays: Array) -> Array:
     for flag in flags[1:]:
         result = result & flag
     return result
+
+
+def nan_unless_finite(xp: Namespace, array: Array) -> Array:
+    """A stack of matrices with every member that holds a NaN or an Inf made all NaN.
+
+    Inf − Inf and 0 · Inf make NumPy warn, NaN does not.
+    """
+    return xp.where(finite_members(xp, array), array, xp.nan)
 
 
 # ------------------------------------------------- what lies outside the standard: a table
@@ -294,10 +306,14 @@ def _cholesky_by_halving(xp: Namespace, a: Array) -> Array:
         count = a.shape[0]
         if count == 1:
             return xp.full_like(a, xp.nan)
-        return xp.concat([_cholesky_by_halving(xp, a[: count // 2]), _cholesky_by_halving(xp, a[count // 2 :])])
+        return xp.concat(
+            [_cholesky_by_halving(xp, a[: count // 2, ...]), _cholesky_by_halving(xp, a[count // 2 :, ...])]
+        )
 
 
-def while_loop(condition: Callable[[Any], Array], body: Callable[[Any], Any], state: tuple[Any, ...]) -> tuple[Any, ...]:
+def while_loop(
+    condition: Callable[[Any], Array], body: Callable[[Any], Any], state: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """Repeat `body` on a tuple of arrays while `condition` holds.
 
     Traced JAX arrays become one compiled loop; on other arrays the condition costs one
@@ -376,7 +392,9 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
         rng = np.random.default_rng(rng)
     if isinstance(rng, np.random.Generator):
         if is_lazy(like):
-            raise TypeError("rng is a NumPy generator or seed under a JAX trace, where its draw would be a constant; pass a JAX key")
+            raise TypeError(
+                "rng is a NumPy generator or seed under a JAX trace, where its draw would be a constant; pass a JAX key"
+            )
         return asarray_like(xp, rng.standard_normal(shape), like)
     module = type(rng).__module__.partition(".")[0]
     if _is_jax_key(rng):

@@ -142,14 +142,19 @@ def precondition(
     m, n = grad.shape[-2:]
     _arrays.check_core("left", left, (m, m), "to match the rows of grad")
     _arrays.check_core("right", right, (n, n), "to match the columns of grad")
-    batch = _arrays.broadcast_batch({k: tuple(v.shape[:-2]) for k, v in (("grad", grad), ("left", left), ("right", right))})
+    batch = _arrays.broadcast_batch(
+        {k: tuple(v.shape[:-2]) for k, v in (("grad", grad), ("left", left), ("right", right))}
+    )
     if rtol is not None:
         rtol = _arrays.check_nonnegative("rtol", rtol, xp, grad, batch=batch)
     damping = _arrays.check_nonnegative("damping", damping, xp, grad, batch=batch, core_ndim=2)
+    grad, left, right = (_arrays.nan_unless_finite(xp, array) for array in (grad, left, right))
     if isinstance(damping, float) and damping == 0.0:
         return pinvh_checked(xp, left, rtol, method) @ grad @ pinvh_checked(xp, right, rtol, method)
     if method == "cholesky":
-        raise ValueError("method 'cholesky' has no eigenbasis to damp in, got damping other than 0; use 'auto' or 'eigh'")
+        raise ValueError(
+            "method 'cholesky' has no eigenbasis to damp in, got damping other than 0; use 'auto' or 'eigh'"
+        )
     lam, u, kept_lam = eigh_kept(xp, symmetric_part(left), rtol)
     mu, v, kept_mu = eigh_kept(xp, symmetric_part(right), rtol)
     kept = kept_lam[..., :, None] & kept_mu[..., None, :]
@@ -211,7 +216,7 @@ def reciprocal(xp: Namespace, x: Array, kept: Array) -> Array:
 
 def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: str) -> Array:
     """`pinvh` behind the door: `a` floating and square, `rtol` and `method` checked."""
-    a = symmetric_part(a)
+    a = symmetric_part(_arrays.nan_unless_finite(xp, a))
     if method == "cholesky":
         return _pinvh_cholesky(xp, a, rtol)
     values, vectors, kept = eigh_kept(xp, a, rtol)

@@ -201,9 +201,7 @@ def _check_modes(initial: Array, target: Array, time: float | Array) -> tuple[Na
     time = _arrays.check_nonnegative("time", time, xp, initial)
     if isinstance(time, float):
         time = _arrays.asarray_like(xp, time, initial)
-    _arrays.broadcast_batch(
-        {"initial": tuple(initial.shape), "target": tuple(target.shape), "time": tuple(time.shape)}
-    )
+    _arrays.broadcast_batch({"initial": tuple(initial.shape), "target": tuple(target.shape), "time": tuple(time.shape)})
     return xp, time
 
 

@@ -188,7 +188,9 @@ class DeepLinearFisher:
         """
         forward, backward = self.factors(i, j)
         shape = (forward.shape[-2] * backward.shape[-2], forward.shape[-1] * backward.shape[-1])
-        _arrays.check_fits(f"block ({i}, {j})", (*self.batch_shape, *shape), self._xp, forward, "use F.factors or F.matvec")
+        _arrays.check_fits(
+            f"block ({i}, {j})", (*self.batch_shape, *shape), self._xp, forward, "use F.factors or F.matvec"
+        )
         return linalg.kron(self._xp, forward, backward)
 
     def to_dense(self) -> Array:
@@ -219,7 +221,9 @@ class DeepLinearFisher:
         """
         size = self.n_parameters
         shape = (*self.batch_shape, size, size)
-        _arrays.check_fits("the dense Fisher matrix", shape, self._xp, self._products.error, "use F.matvec, which never forms it")
+        _arrays.check_fits(
+            "the dense Fisher matrix", shape, self._xp, self._products.error, "use F.matvec, which never forms it"
+        )
         root = self._dense_root()
         return root @ root.mT
 
@@ -309,7 +313,7 @@ class DeepLinearFisher:
         whitened = [e.mT @ g @ x for (e, x), g in zip(duals, tangent, strict=True)]
         return self._layer_rule(inverse, duals, whitened)
 
-    def natural_gradient(self, inverse: str, rtol: float | Array | None, method: str) -> tuple[Array, ...]:
+    def _natural_gradient(self, inverse: str, rtol: float | Array | None, method: str) -> tuple[Array, ...]:
         """Precondition the task's own gradient, whose whitened form is known: one inverse less."""
         rtol = self._check_inverse(inverse, rtol, method)
         error = -self._products.error
@@ -340,18 +344,18 @@ class DeepLinearFisher:
             shares.append(spaces.left @ xp.where(takes_part, part * rotated, 0.0) @ spaces.right.mT)
         return shares
 
-    def exact_velocity(self) -> Array:
+    def _exact_velocity(self) -> Array:
         """Compute R⁻¹ dW S of every natural gradient: the part of the error that layers can realise."""
-        return self.realisable(-self._products.error)
+        return self._realisable(-self._products.error)
 
-    def realisable(self, error: Array) -> Array:
+    def _realisable(self, error: Array) -> Array:
         """Project a whitened (n_L, ρ) matrix onto the velocities that the network has."""
         xp, spaces, depth = self._xp, self._subspaces(), len(self._layers)
         kept = spaces.left_count + spaces.right_count - depth > 0.5
         rotated = spaces.left.mT @ error @ spaces.right
         return spaces.left @ xp.where(kept, rotated, 0.0) @ spaces.right.mT
 
-    def projectors(self) -> list[tuple[Array, Array]]:
+    def _projectors(self) -> list[tuple[Array, Array]]:
         """The pairs Q_i, R_i: projectors on range(R⁻¹ W_i^a) and on the row space of W_i^b S."""
 
         def compute() -> list[tuple[Array, Array]]:
@@ -372,7 +376,7 @@ class DeepLinearFisher:
 
         def compute() -> Subspaces:
             xp = self._xp
-            (left, right), *others = self.projectors()
+            (left, right), *others = self._projectors()
             for q, r in others:
                 left, right = left + q, right + r
             left_count, u = linalg.eigh(xp, left)
@@ -401,7 +405,7 @@ class DeepLinearFisher:
 
     def _moore_penrose(self, rtol: float | Array | None) -> moore_penrose.Inverse:
         """F⁺ in the form that suits the network's size."""
-        xp, depth = self._xp, len(self._layers)
+        depth = len(self._layers)
         size = self._products.error.shape[-2] * self._products.error.shape[-1]
         if rtol is None and depth > 1 and (depth == 2 or size > moore_penrose.DENSE_SIZE):
             return self._remember("kernel", lambda: moore_penrose.Kernel(self))
@@ -438,7 +442,7 @@ class DeepLinearFisher:
         """
         xp = self._xp
         total, before = None, 0.0
-        for q, r in self.projectors():
+        for q, r in self._projectors():
             left, right = xp.round(xp.linalg.trace(q)), xp.round(xp.linalg.trace(r))
             part = (left - before) * right
             total = part if total is None else total + part
@@ -476,7 +480,9 @@ class DeepLinearFisher:
         xp, (ahead, behind, error) = self._xp, self._products
         n_out, rank = error.shape[-2:]
         shape = (*self.batch_shape, n_out * rank, n_out * rank)
-        _arrays.check_fits("the matrix behind the spectrum", shape, xp, error, "use F.rank, or F.matvec with an iterative solver")
+        _arrays.check_fits(
+            "the matrix behind the spectrum", shape, xp, error, "use F.rank, or F.matvec with an iterative solver"
+        )
         values, _ = linalg.eigh(xp, sum_kernels(xp, ahead, behind))
         missing = n_out * (self._layers[0].shape[-1] - rank)
         zeros = xp.zeros((*values.shape[:-1], missing), dtype=values.dtype, device=_arrays.device(values))
@@ -576,4 +582,3 @@ def _any_lazy(value: Any) -> bool:
     if isinstance(value, moore_penrose.Inverse):
         return any(_any_lazy(item) for item in vars(value).values())
     return hasattr(value, "dtype") and _arrays.is_lazy(value)
-

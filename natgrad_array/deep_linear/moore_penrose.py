@@ -53,7 +53,9 @@ class Dense(Inverse):
             self.dual: Array | None = None
             return
         shape = (*fisher.batch_shape, fisher.n_parameters, error.shape[-2] * error.shape[-1])
-        _arrays.check_fits("the root of the Fisher matrix", shape, xp, error, "leave rtol at None, which solves with small products")
+        _arrays.check_fits(
+            "the root of the Fisher matrix", shape, xp, error, "leave rtol at None, which solves with small products"
+        )
         self.closed = None
         self.dual = linalg.dual(xp, fisher._dense_root(), error.shape[-2] * error.shape[-1], rtol)
 
@@ -119,7 +121,7 @@ class Kernel(Inverse):
 
     def apply_to_function_space(self, error: Array) -> tuple[Array, ...]:
         """The shortest tangent with the velocity that the error asks for."""
-        velocity = self.root @ self.fisher.realisable(error) @ self.unscale
+        velocity = self.root @ self.fisher._realisable(error) @ self.unscale
         y = self._solve(self.u.mT @ velocity @ self.v)
         return tuple(a @ y @ b.mT for a, b in zip(self.left, self.right, strict=True))
 

@@ -72,7 +72,7 @@ def natural_gradient(
     >>> ng.deep_linear.natural_gradient([one, 4 * one], task)
     (array([[0.25]]), array([[1.]]))
     """
-    return fisher(weights, task).natural_gradient(inverse, rtol, method)
+    return fisher(weights, task)._natural_gradient(inverse, rtol, method)
 
 
 def exact_velocity(weights: Weights, task: GaussianTask, /) -> Array:
@@ -113,7 +113,7 @@ def exact_velocity(weights: Weights, task: GaussianTask, /) -> Array:
     array([[2.]])
     """
     f = fisher(weights, task)
-    return task.factors.noise_root @ f.exact_velocity() @ task.factors.input_root_pinv
+    return task.factors.noise_root @ f._exact_velocity() @ task.factors.input_root_pinv
 
 
 def projections(weights: Weights, task: GaussianTask, /) -> tuple[tuple[Array, Array], ...]:
@@ -155,5 +155,5 @@ def projections(weights: Weights, task: GaussianTask, /) -> tuple[tuple[Array, A
     f: DeepLinearFisher = fisher(weights, task)
     k = task.factors
     return tuple(
-        (k.noise_root @ q @ k.noise_root_inverse, k.input_root @ r @ k.input_root_pinv) for q, r in f.projectors()
+        (k.noise_root @ q @ k.noise_root_inverse, k.input_root @ r @ k.input_root_pinv) for q, r in f._projectors()
     )

@@ -88,9 +88,7 @@ class GaussianTask:
     output_moment: Array
     factors: TaskFactors
 
-    def __init__(
-        self, input_moment: Array, noise_covariance: Array, cross_moment: Array, output_moment: Array
-    ) -> None:
+    def __init__(self, input_moment: Array, noise_covariance: Array, cross_moment: Array, output_moment: Array) -> None:
         named = {
             "input_moment": input_moment,
             "noise_covariance": noise_covariance,
@@ -149,9 +147,7 @@ class GaussianTask:
         return cls(second_moment(x), noise_covariance, cross, second_moment(y))
 
     @classmethod
-    def from_moments(
-        cls, joint: Moments, n_inputs: int, /, *, noise_covariance: Array | None = None
-    ) -> GaussianTask:
+    def from_moments(cls, joint: Moments, n_inputs: int, /, *, noise_covariance: Array | None = None) -> GaussianTask:
         """Make a task from streamed moments of inputs and targets side by side.
 
         Parameters
@@ -184,7 +180,9 @@ class GaussianTask:
         array([[2.]])
         """
         if not isinstance(joint, Moments):
-            raise TypeError(f"joint must be a Moments of inputs and targets side by side, got {_arrays.describe(joint)}")
+            raise TypeError(
+                f"joint must be a Moments of inputs and targets side by side, got {_arrays.describe(joint)}"
+            )
         moment = joint.second_moment()
         features = moment.shape[-1]
         if not isinstance(n_inputs, int) or isinstance(n_inputs, bool) or not 0 < n_inputs < features:
