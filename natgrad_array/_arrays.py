@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import array_api_compat as compat
@@ -40,7 +40,9 @@ def describe(value: object) -> str:
 # --------------------------------------------------------------------- checks and dtypes
 
 
-def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False) -> Namespace:
+def check_arrays(
+    arrays: Mapping[str, Any], *, integers: bool = False, optional: Collection[str] | None = None
+) -> Namespace:
     """Return the namespace shared by named arrays.
 
     Parameters
@@ -50,6 +52,8 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False) -> Namesp
         optional arguments that were not given.
     integers : bool
         Accept integer arrays too; `promote` makes them floating.
+    optional : collection of str, optional
+        The names whose values may be None. Default: all of them.
 
     Raises
     ------
@@ -59,7 +63,11 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False) -> Namesp
     ValueError
         If the arrays live on different devices.
     """
-    given = {name: array for name, array in arrays.items() if array is not None}
+    given = {
+        name: array
+        for name, array in arrays.items()
+        if array is not None or (optional is not None and name not in optional)
+    }
     for name, array in given.items():
         if not compat.is_array_api_obj(array):
             raise TypeError(
@@ -388,7 +396,7 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
     """
     if isinstance(rng, bool) or rng is None:
         raise TypeError(f"rng must be a generator, a key, an integer seed or an array of noise, got {describe(rng)}")
-    if isinstance(rng, int):
+    if isinstance(rng, int | np.integer):
         rng = np.random.default_rng(rng)
     if isinstance(rng, np.random.Generator):
         if is_lazy(like):
@@ -398,16 +406,25 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
         return asarray_like(xp, rng.standard_normal(shape), like)
     module = type(rng).__module__.partition(".")[0]
     if _is_jax_key(rng):
+        _check_rng_library(compat.is_jax_array(like), rng, like)
         return sys.modules["jax"].random.normal(rng, shape, dtype=like.dtype)
     if compat.is_array_api_obj(rng):
         check_arrays({"rng": rng, "the other arrays": like})
-        check_core("rng", rng, shape, "when it is noise already drawn")
+        if tuple(rng.shape) != shape:
+            raise ValueError(f"rng must have shape {shape} when it is noise already drawn, got {tuple(rng.shape)}")
         return rng
     if module == "torch":
+        _check_rng_library(compat.is_torch_array(like), rng, like)
         return sys.modules["torch"].randn(shape, generator=rng, dtype=like.dtype, device=rng.device)
     if module == "cupy":
+        _check_rng_library(compat.is_cupy_array(like), rng, like)
         return rng.standard_normal(size=shape, dtype=like.dtype)
     raise TypeError(f"rng must be a generator, a key, an integer seed or an array of noise, got {describe(rng)}")
+
+
+def _check_rng_library(fits: bool, rng: Any, like: Array) -> None:
+    if not fits:
+        raise TypeError(f"rng must draw arrays of the library in use, got {describe(rng)} beside {describe(like)}")
 
 
 def _is_jax_key(rng: Any) -> bool:
@@ -419,7 +436,7 @@ def _is_jax_key(rng: Any) -> bool:
 
 def split_rng(rng: Any, count: int) -> list[Any]:
     """`count` sources of randomness from one; generators advance, keys are split."""
-    if isinstance(rng, int) and not isinstance(rng, bool):
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
         rng = np.random.default_rng(rng)
     if _is_jax_key(rng):
         return list(sys.modules["jax"].random.split(rng, count))

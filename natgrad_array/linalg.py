@@ -66,7 +66,7 @@ def pinvh(a: Array, /, *, rtol: float | Array | None = None, method: str = "auto
     array([[0.5, 0. ],
            [0. , 0. ]])
     """
-    xp = _arrays.check_arrays({"a": a}, integers=True)
+    xp = _arrays.check_arrays({"a": a}, integers=True, optional=())
     _arrays.check_matrix("a", a, square=True)
     _arrays.check_option("method", method, METHODS)
     (a,) = _arrays.promote(xp, a)
@@ -136,7 +136,7 @@ def precondition(
     >>> ng.precondition(grad, np.asarray([[2.0]]), np.asarray([[1.0, 0.0], [0.0, 3.0]]))
     array([[2., 1.]])
     """
-    xp = _arrays.check_arrays({"grad": grad, "left": left, "right": right})
+    xp = _arrays.check_arrays({"grad": grad, "left": left, "right": right}, optional=())
     _arrays.check_option("method", method, METHODS)
     _arrays.check_matrix("grad", grad)
     m, n = grad.shape[-2:]
@@ -160,7 +160,8 @@ def precondition(
     kept = kept_lam[..., :, None] & kept_mu[..., None, :]
     scale = lam[..., :, None] * mu[..., None, :] + damping
     rotated = u.mT @ grad @ v
-    return u @ xp.where(kept, rotated / xp.where(kept, scale, 1.0), 0.0 * (rotated + scale)) @ v.mT
+    solved = xp.where(kept, rotated / xp.where(kept, scale, 1.0), 0.0)
+    return u @ xp.where(xp.isnan(rotated + scale), xp.nan, solved) @ v.mT
 
 
 # -------------------------------------------------------------------- guarded decompositions
@@ -198,12 +199,18 @@ def rank_cutoff(xp: Namespace, a: Array, rtol: float | Array | None) -> Any:
 
 
 def eigh_kept(xp: Namespace, a: Array, rtol: float | Array | None) -> tuple[Array, Array, Array]:
-    """Eigenvalues, eigenvectors and the mask of eigenvalues above the relative cut-off."""
+    """Eigenvalues, eigenvectors and the mask of eigenvalues above the relative cut-off.
+
+    Eigenvalues are NaN where the cut-off is negative or NaN.
+    """
     values, vectors = eigh(xp, a)
-    magnitude = xp.abs(values)
     if a.shape[-1] == 0:
-        return values, vectors, magnitude > 0.0
-    return values, vectors, magnitude > rank_cutoff(xp, a, rtol) * xp.max(magnitude, axis=-1, keepdims=True)
+        return values, vectors, values > 0.0
+    cutoff = rank_cutoff(xp, a, rtol)
+    if not isinstance(cutoff, float):
+        values = xp.where(cutoff >= 0.0, values, xp.nan)
+    magnitude = xp.abs(values)
+    return values, vectors, magnitude > cutoff * xp.max(magnitude, axis=-1, keepdims=True)
 
 
 def reciprocal(xp: Namespace, x: Array, kept: Array) -> Array:
@@ -220,8 +227,7 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     if method == "cholesky":
         return _pinvh_cholesky(xp, a, rtol)
     values, vectors, kept = eigh_kept(xp, a, rtol)
-    inverse = symmetric_part((vectors * reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT)
-    return inverse if rtol is None or isinstance(rtol, float) else xp.where(rtol[..., None, None] >= 0, inverse, xp.nan)
+    return symmetric_part((vectors * reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT)
 
 
 def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:

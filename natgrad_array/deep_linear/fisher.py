@@ -398,8 +398,10 @@ class DeepLinearFisher:
         sizes = self._effective_widths()
         pair = []
         for factor, along in ((ahead[i], sizes[i + 1 :]), (behind[i], sizes[: i + 1])):
-            # Rounding of a product grows with the lengths of all sums behind it.
-            cutoff = sum(along) * _arrays.eps(self._xp, factor) if rtol is None else rtol
+            # Rounding of a product grows with the lengths of all sums behind it. That of a
+            # covariance is as large, not its square, and the cut-off is one on roots.
+            rounding = sum(along) * _arrays.eps(self._xp, factor)
+            cutoff = rtol if rtol is not None else rounding if method == "auto" else rounding**0.5
             pair.append(linalg.dual(self._xp, factor, min(along), cutoff, method))
         return pair[0], pair[1]
 

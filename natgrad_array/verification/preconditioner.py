@@ -1,11 +1,9 @@
-"""`check_preconditioner`: is a linear preconditioner a natural gradient?"""
+"""Whether a linear preconditioner is a natural gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from natgrad_array import _arrays
 from natgrad_array import deep_linear as dl
@@ -19,11 +17,13 @@ class PreconditionerCheck(NamedTuple):
     Attributes
     ----------
     residual : array, shape (*batch,)
-        ‖S − Π‖ / ‖Π‖: zero to rounding exactly when F C F = F.
+        ‖S − Π‖ / ‖Π‖: zero to rounding exactly when F C F = F. Zero for a network that
+        no small change of its layers moves (Π = 0): then every C passes.
     cosine : array, shape (*batch,)
-        Cosine between C∇ and F⁺∇.
+        Cosine between C∇ and F⁺∇; NaN where one of them is zero.
     length : array, shape (*batch,)
-        Length of C∇ over that of F⁺∇. At least 1 for every natural gradient.
+        Length of C∇ over that of F⁺∇, NaN where that is zero. At least 1 for every natural
+        gradient.
     """
 
     residual: Array
@@ -83,31 +83,47 @@ def check_preconditioner(
     """
     if not callable(apply):
         raise TypeError(f"apply must be callable, got {_arrays.describe(apply)}")
+    if not isinstance(task, dl.GaussianTask):
+        raise TypeError(f"task must be a GaussianTask, got {_arrays.describe(task)}")
     xp, layers = check_weights(weights, task)
     fisher = dl.fisher(layers, task)
     factors = task.factors
+    batch = fisher.batch_shape
     n_out, rank = factors.target.shape[-2:]
     size = int(n_out * rank)
-    _arrays.check_fits("the matrix S", (*fisher.batch_shape, 2 * size, size), xp, layers[0], "check a smaller network")
+    _arrays.check_fits("the matrix S", (*batch, 2 * size, size), xp, layers[0], "check a smaller network")
 
     def direction(gradient: tuple[Array, ...]) -> tuple[Array, ...]:
-        return check_tangent("the direction that apply returns", apply(gradient), layers)
+        given = tuple(
+            g if g.shape[:-2] == batch else xp.broadcast_to(g, (*batch, *g.shape[-2:])) + 0.0 for g in gradient
+        )
+        found = check_tangent("the direction that apply returns", apply(given), layers)
+        shapes = {str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)}
+        if _arrays.broadcast_batch(shapes | {"network": batch}) != batch:
+            came = ", ".join(map(str, shapes.values()))
+            raise ValueError(
+                f"the direction that apply returns must have batch axes that broadcast to {batch}, got {came}"
+            )
+        return found
 
     ahead, behind = _partial_products(layers, factors)
     columns, expected = [], []
-    basis = np.eye(size)
+    basis = _arrays.eye(xp, size, layers[0])
     for k in range(size):
-        h = _arrays.asarray_like(xp, basis[k].reshape(n_out, rank), layers[0])
+        h = xp.reshape(basis[k, :], (n_out, rank))
         gradient = tuple(a @ h @ b.mT for a, b in zip(ahead, behind, strict=True))
         velocity = dl.end_to_end_velocity(layers, direction(gradient))
-        columns.append(_flat(xp, factors.noise_root_inverse @ velocity @ factors.input_root, fisher.batch_shape))
-        expected.append(_flat(xp, fisher.realisable(h), fisher.batch_shape))
+        columns.append(_flat(xp, factors.noise_root_inverse @ velocity @ factors.input_root, batch))
+        expected.append(_flat(xp, fisher._realisable(h), batch))
     s, projector = xp.stack(columns, axis=-1), xp.stack(expected, axis=-1)
     gradient = dl.gradient(layers, task)
     step, exact = direction(gradient), dl.natural_gradient(layers, task, inverse="moore_penrose")
-    product, length, reference = _inner(xp, step, exact), _inner(xp, step, step) ** 0.5, _inner(xp, exact, exact) ** 0.5
+    length, reference = _inner(xp, step, step) ** 0.5, _inner(xp, exact, exact) ** 0.5
+    misfit, scale = _frobenius(xp, s - projector), _frobenius(xp, projector)
+    moves = scale > 0.0
+    residual = xp.where(moves | xp.isnan(scale), misfit / xp.where(moves, scale, 1.0), 0.0 * misfit)
     return PreconditionerCheck(
-        _frobenius(xp, s - projector) / _frobenius(xp, projector), product / (length * reference), length / reference
+        residual, _ratio(xp, _inner(xp, step, exact), length * reference), _ratio(xp, length, reference)
     )
 
 
@@ -127,6 +143,12 @@ def _flat(xp: Any, matrix: Array, batch: tuple[int, ...]) -> Array:
 
 def _inner(xp: Any, a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
     return sum(xp.sum(x * y, axis=(-2, -1)) for x, y in zip(a, b, strict=True))
+
+
+def _ratio(xp: Any, a: Array, b: Array) -> Array:
+    """Divide, with NaN where there is nothing to divide by."""
+    nonzero = b > 0.0
+    return xp.where(nonzero, a / xp.where(nonzero, b, 1.0), xp.nan)
 
 
 def _frobenius(xp: Any, a: Array) -> Array:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array
@@ -70,30 +69,33 @@ class Report:
 
     def __str__(self) -> str:
         heads = ("equation", "claim", "residual", "tolerance", "holds")
-        body = [(row.equation, row.claim, _worst(row.residual), _worst(row.tolerance), _verdict(row)) for row in self.rows]
+        body = [
+            (row.equation, row.claim, _worst(row.residual), _worst(row.tolerance), _verdict(row)) for row in self.rows
+        ]
         sizes = [max(len(line[k]) for line in (heads, *body)) for k in range(len(heads))]
-        lines = ["  ".join(cell.ljust(size) for cell, size in zip(line, sizes, strict=True)).rstrip() for line in (heads, *body)]
-        members = int(np.prod(self.batch_shape))
-        held = int(np.sum(np.broadcast_to(_host(self.holds), self.batch_shape)))
+        lines = [
+            "  ".join(cell.ljust(size) for cell, size in zip(line, sizes, strict=True)).rstrip()
+            for line in (heads, *body)
+        ]
+        members = math.prod(self.batch_shape)
+        held = int(self.holds if isinstance(self.holds, bool) else _arrays.to_numpy(self.holds).sum())
         what = "1 network" if self.batch_shape == () else f"{members} networks"
         lines.insert(1, "  ".join("-" * size for size in sizes))
         lines.append(f"{what}, {self.regime} regime: every claim that applies holds for {held} of {members}")
         return "\n".join(lines)
 
 
-def _host(value: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(value) if isinstance(value, bool) else _arrays.to_numpy(value)
-
-
 def _worst(values: Array) -> str:
-    host = _host(values)
-    if host.size == 0:
-        return "-"
-    return "nan" if np.all(np.isnan(host)) else f"{np.nanmax(host):.1e}"
+    """The largest entry that is a number."""
+    host = _arrays.to_numpy(values)
+    numbers = host[host == host]
+    return f"{numbers.max():.1e}" if numbers.size else "-"
 
 
 def _verdict(row: Row) -> str:
     if row.holds is None:
         return "does not apply"
-    held = _host(row.holds)
-    return "yes" if bool(np.all(held)) else "NO" if held.ndim == 0 else f"NO, {int(np.sum(~held))} of {held.size} fail"
+    if isinstance(row.holds, bool):
+        return "yes" if row.holds else "NO"
+    held = _arrays.to_numpy(row.holds)
+    return "yes" if held.all() else f"NO, {held.size - held.sum()} of {held.size} fail"

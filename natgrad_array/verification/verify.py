@@ -7,7 +7,7 @@ from typing import Any
 from natgrad_array import _arrays
 from natgrad_array import deep_linear as dl
 from natgrad_array._arrays import Array
-from natgrad_array.deep_linear.products import Weights
+from natgrad_array.deep_linear.products import Weights, check_weights
 from natgrad_array.verification.claims import CLAIMS, Case
 from natgrad_array.verification.report import Report, Row
 
@@ -55,12 +55,16 @@ def verify(weights: Weights, task: dl.GaussianTask, /) -> Report:
     >>> report.holds
     True
     """
-    weights = _arrays.check_sequence("weights", weights, "a tuple or list of weight matrices")
+    if not isinstance(task, dl.GaussianTask):
+        raise TypeError(f"task must be a GaussianTask, got {_arrays.describe(task)}")
+    _, weights = check_weights(weights, task)
     if any(_arrays.is_lazy(array) for array in (*weights, task.cross_moment)):
         raise TypeError("weights and task must have values to look at, got lazy arrays; call verify outside of jit")
     case = Case(weights, task)
     rows = tuple(_row(case, equation, words, residual) for equation, words, residual in CLAIMS)
-    nothing_fails = case.xp.ones(case.batch, dtype=case.xp.bool, device=_arrays.device(case.like)) if case.batch else True
+    nothing_fails = (
+        case.xp.ones(case.batch, dtype=case.xp.bool, device=_arrays.device(case.like)) if case.batch else True
+    )
     return Report(rows, dl.regime(weights, task), case.batch, nothing_fails)
 
 
@@ -71,7 +75,7 @@ def _row(case: Case, equation: str, words: str, residual: Any) -> Row:
     if outcome is None:
         return Row(equation, words, unknown, unknown, None)
     value = outcome.residual + 0.0 * case.condition
-    tolerance = _tolerance(case, outcome.power)
+    tolerance = _tolerance(case, outcome.magnified)
     applies = (tolerance < UNDECIDED) | xp.isnan(tolerance)
     if outcome.applies is not True:
         applies = applies & outcome.applies
@@ -81,7 +85,6 @@ def _row(case: Case, equation: str, words: str, residual: Any) -> Row:
     return Row(equation, words, value, tolerance, bool(holds) if holds.ndim == 0 else holds)
 
 
-def _tolerance(case: Case, power: int) -> Array:
-    """Rounding of sums over all widths, magnified by the condition of the products."""
-    terms = case.task.n_inputs + sum(int(w.shape[-2]) for w in case.weights)
-    return 16 * terms * _arrays.eps(case.xp, case.like) * case.condition**power
+def _tolerance(case: Case, magnified: Array | None) -> Array:
+    """Rounding of sums over all widths, magnified by the condition of what is inverted."""
+    return 16 * case.cutoff * (case.condition**2 if magnified is None else magnified)

@@ -1,0 +1,65 @@
+"""What works on which array library: declared here once, read by the documentation and the tests."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LIBRARIES = ("numpy", "cupy", "torch", "jax", "dask")
+"""Array libraries, under the names they are imported by. array-api-strict stands in for any other."""
+
+
+class Support(NamedTuple):
+    """One public callable and where it works.
+
+    Parameters
+    ----------
+    name : str
+        The path from the package to the callable.
+    libraries : tuple of str
+        Some of `LIBRARIES`.
+    jit : bool
+        Whether it can be called inside `jax.jit`.
+    note : str
+        A condition, in words.
+    """
+
+    name: str
+    libraries: tuple[str, ...]
+    jit: bool
+    note: str = ""
+
+
+_STACKED = ("numpy", "cupy", "torch", "jax")
+_DRAWS = "inside jit: a JAX key, not a seed or a NumPy generator"
+
+SUPPORT = (
+    Support("second_moment", LIBRARIES, True),
+    Support("covariance", LIBRARIES, True),
+    Support("Moments", LIBRARIES, True),
+    Support("pinvh", _STACKED, True),
+    Support("precondition", _STACKED, True),
+    Support("GaussianTask", _STACKED, True, "values are checked when it is made, but not inside jit"),
+    Support("verify", _STACKED, False, "looks at values to say which claims apply"),
+    Support("check_preconditioner", _STACKED, True),
+    Support("deep_linear.gaussian", _STACKED, True, _DRAWS),
+    Support("deep_linear.small", _STACKED, True, _DRAWS),
+    Support("deep_linear.orthogonal", _STACKED, True, _DRAWS),
+    Support("deep_linear.balanced", _STACKED, True, _DRAWS),
+    Support("deep_linear.regime", LIBRARIES, True, "reads shapes; inside jit the rank of Σ is not known"),
+    Support("deep_linear.end_to_end", LIBRARIES, True),
+    Support("deep_linear.end_to_end_velocity", LIBRARIES, True),
+    Support("deep_linear.end_to_end_kernel", _STACKED, True),
+    Support("deep_linear.balancedness", LIBRARIES, True),
+    Support("deep_linear.loss", _STACKED, True),
+    Support("deep_linear.excess_loss", _STACKED, True),
+    Support("deep_linear.gradient", _STACKED, True),
+    Support("deep_linear.fisher", _STACKED, True),
+    Support("deep_linear.DeepLinearFisher", _STACKED, True),
+    Support("deep_linear.natural_gradient", _STACKED, True),
+    Support("deep_linear.exact_velocity", _STACKED, True),
+    Support("deep_linear.projections", _STACKED, True),
+    Support("deep_linear.natural_gradient_flow", _STACKED, True),
+    Support("deep_linear.natural_gradient_flow_modes", _STACKED, True),
+    Support("deep_linear.gradient_flow_modes", _STACKED, True),
+    Support("deep_linear.euler_decay_rate", LIBRARIES, True),
+)

@@ -1,0 +1,222 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from natgrad_array.cli import INTERRUPTED, check, data, demo, libraries, output
+from natgrad_array.cli.errors import CommandError
+from natgrad_array.cli.libraries import BackendName, DtypeName
+
+PLAIN_WIDTH = 110
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+BackendOption = Annotated[BackendName, typer.Option("--backend", help="Array library.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="Device of the library, such as cuda:0.")]
+DtypeOption = Annotated[DtypeName, typer.Option("--dtype", help="Floating type.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of all draws.")]
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Parse the arguments, run a command and return its exit status."""
+    command = typer.main.get_command(app)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = command.main(args=given, prog_name="natgrad-array", standalone_mode=False)
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    except Exception as error:
+        # Usage errors of Typer, whichever parser stands behind this version of it.
+        explain = getattr(error, "format_message", None)
+        if explain is None:
+            raise
+        raise CommandError(f"{explain()} (try --help)") from error
+    return int(status or 0)
+
+
+def version() -> str:
+    """Version of the installed package."""
+    try:
+        return importlib.metadata.version("natgrad-array")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def console() -> Console:
+    """Standard output; wide and plain when it is not a terminal."""
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Read "64,32,10"."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) < 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise CommandError(f"--sizes must be two or more positive integers, such as 64,32,10, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+@app.callback(invoke_without_command=True)
+def natgrad_array(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> int:
+    """Exact natural gradient for ensembles of deep linear networks."""
+    if show_version:
+        typer.echo(f"natgrad-array {version()}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+    return 0
+
+
+@app.command("demo")
+def demo_command(
+    backend: BackendOption = BackendName.numpy,
+    device: DeviceOption = None,
+    members: Annotated[int, typer.Option("--members", min=1, help="Networks in each ensemble.")] = 64,
+    sizes: Annotated[
+        str | None, typer.Option("--sizes", help="One network, such as 64,32,10, in place of one for each regime.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the natural gradients.")] = 40,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Their size, between 0 and 1.")] = 0.2,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = DtypeName.float64,
+    data_file: Annotated[
+        Path | None, typer.Option("--data", help="npz file with arrays x (samples, inputs) and y (samples, outputs).")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the figure and the arrays.")] = Path("natgrad-demo"),
+) -> int:
+    """Let ensembles learn handwritten digits by four rules, and hold the pace against the theory."""
+    if not 0.0 < learning_rate < 1.0:
+        raise CommandError(f"--learning-rate must be between 0 and 1, got {learning_rate:g}")
+    widths = None if sizes is None else parse_sizes(sizes)
+    place = libraries.connect(backend.value, device, dtype.value)
+    samples = data.digits() if data_file is None else data.read(data_file)
+    task = demo.make_task(samples, place, dtype.value)
+    networks = demo.default_networks(task) if widths is None else [demo.chosen_network(widths, task, samples)]
+    output.prepare(out)
+
+    runs: list[demo.Run] = []
+    interrupted = False
+    with progress() as bar:
+        job = bar.add_task("", total=len(networks) * len(demo.RULES) * steps)
+
+        def train_one(network: demo.Network, rule: str) -> demo.Run:
+            bar.update(job, description=f"{network.regime} {network.name}, {output.LABELS[rule]}")
+            return demo.train(
+                network,
+                rule,
+                task,
+                members=members,
+                steps=steps,
+                learning_rate=learning_rate,
+                seed=seed,
+                tick=lambda: bar.advance(job),
+            )
+
+        try:
+            with libraries.one_thread(max(max(network.sizes) for network in networks)):
+                for finished in demo.train_all(networks, train_one):
+                    runs.append(finished)  # noqa: PERF402 - one by one, so that an interruption keeps them
+        except KeyboardInterrupt:
+            interrupted = True
+    if not runs:
+        raise KeyboardInterrupt
+    interrupted = interrupted or not runs[-1].finished
+
+    about = {
+        "data": samples.name,
+        "backend": place.name,
+        "device": place.device,
+        "dtype": dtype.value,
+        "seed": seed,
+        "version": version(),
+        "input_rank": task.input_rank,
+    }
+    what = f"{members} networks learn {samples.name}"
+    written = output.write_arrays(out, runs, about), output.write_figure(out, runs, f"{what}: {output.headline(runs)}")
+    screen = console()
+    screen.print(
+        f"{what}: {samples.x.shape[0]} samples, {task.n_inputs} inputs of rank {task.input_rank}, "
+        f"{task.n_outputs} outputs; {place.name} on {place.device}, {dtype.value}.\n"
+    )
+    screen.print(output.table(runs))
+    for line in output.notes(runs, learning_rate):
+        screen.print(line)
+    screen.print(f"\nWritten: {', '.join(map(str, written))}", soft_wrap=True)
+    if interrupted:
+        sys.stderr.write("natgrad-array: interrupted; what was computed is written\n")
+        return INTERRUPTED
+    return 0
+
+
+@app.command("verify")
+def verify_command(
+    sizes: Annotated[str, typer.Option("--sizes", help="Widths of the networks.")] = "6,7,8,5",
+    members: Annotated[int, typer.Option("--members", min=1, help="Networks in the ensemble.")] = 4,
+    backend: BackendOption = BackendName.numpy,
+    device: DeviceOption = None,
+    dtype: DtypeOption = DtypeName.float64,
+    seed: SeedOption = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> int:
+    """Put every claim of the theory to the test; exit status 1 when one fails."""
+    import natgrad_array as ng
+
+    widths = parse_sizes(sizes)
+    place = libraries.connect(backend.value, device, dtype.value)
+    weights, task = check.draw(widths, members, seed, dtype.value, place)
+    with libraries.one_thread(max(widths)):
+        report = ng.verify(weights, task)
+    result = check.as_json(report)
+    about = {
+        "version": version(),
+        "backend": place.name,
+        "device": place.device,
+        "dtype": dtype.value,
+        "sizes": widths,
+        "members": members,
+        "seed": seed,
+    }
+    if as_json:
+        typer.echo(json.dumps(about | result, ensure_ascii=False, indent=2, allow_nan=False))
+    else:
+        screen = console()
+        screen.print(
+            f"{members} networks {'-'.join(map(str, widths))}, {report.regime} regime; "
+            f"{place.name} on {place.device}, {dtype.value}.\n"
+        )
+        screen.print(check.table(report))
+        screen.print(f"\n{'Every claim that applies holds.' if result['holds'] else 'A claim fails.'}")
+    return 0 if result["holds"] else 1
+
+
+@app.command("backends")
+def backends_command() -> int:
+    """Say which array libraries are there, and how to get the others."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("library", no_wrap=True)
+    table.add_column("version", no_wrap=True)
+    table.add_column("devices")
+    table.add_column("remark", overflow="fold")
+    for status in libraries.survey():
+        table.add_row(status.name, status.version or "missing", "\n".join(status.devices) or output.DASH, status.remark)
+    console().print(table)
+    return 0
+
+
+def progress() -> Progress:
+    """A bar on stderr; nothing at all when that is not a terminal."""
+    columns: tuple[Any, ...] = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

@@ -1,0 +1,5 @@
+"""What goes wrong on the command line."""
+
+
+class CommandError(Exception):
+    """One line for the user, and exit status 2."""

@@ -1,0 +1,593 @@
+"""Second moments and covariances of samples, whole or streamed.
+
+Samples lie on axis -2 and features on axis -1; the axes before them are an ensemble.
+"""
+
+from __future__ import annotations
+
+import operator
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from natgrad_array import _arrays
+from natgrad_array._arrays import Array, Namespace, Shape
+
+SHRINKAGES = ("ledoit_wolf", "oas")
+
+# An Inf comes out as a NaN or an Inf of its own member; NumPy alone would also warn.
+_quiet = np.errstate(invalid="ignore", over="ignore")
+
+
+# ------------------------------------------------------------------------------ the door
+
+
+@_quiet
+def second_moment(x: Array, y: Array | None = None, /, *, weights: Array | None = None) -> Array:
+    r"""Mean of x yᵀ over samples, about zero: nothing is centred.
+
+    Parameters
+    ----------
+    x : array, shape (*batch, n, p)
+        n samples of p features. Integers are promoted.
+    y : array, shape (*batch, n, q), optional
+        The same samples of other features. Default: `x`.
+    weights : array, shape (*batch, n), optional
+        Nonnegative weights of the samples; only their ratios count. Default: all equal.
+
+    Returns
+    -------
+    array, shape (*batch, p, q)
+        The second moments, in units of x times units of y, batch axes broadcast; exactly
+        symmetric without `y`. A member with a NaN or an Inf touches no other; one whose
+        weights are negative, not finite or sum to 0 is NaN.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of dtype float32, float64 or an integer, or if
+        libraries or floating dtypes are mixed.
+    ValueError
+        If shapes do not fit, there are no samples, or `weights` without batch axes hold
+        a negative or non-finite entry or sum to 0 (not asked of lazy arrays, where the
+        result is NaN).
+
+    See Also
+    --------
+    covariance : the second moment about the mean.
+    Moments : the same from samples that come in pieces.
+
+    Notes
+    -----
+    With :math:`w_k` the weights, it is :math:`\sum_k w_k x_k y_k^T / \sum_k w_k`. Moments of
+    this kind are the two factors :math:`\langle x x^T \rangle` and :math:`\langle e e^T
+    \rangle` that the natural gradient of a layer inverts: Bernacchia, Lengyel and Hennequin
+    (2018), Eqs 14–15 of the main text and 38–39 of the supplement. To check weights takes
+    one scalar brought to the host, if they have no batch axes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> x = np.asarray([[1.0, 0.0], [1.0, 2.0]])
+    >>> ng.second_moment(x)
+    array([[1., 1.],
+           [1., 2.]])
+    >>> ng.second_moment(x, np.asarray([[4.0], [8.0]]), weights=np.asarray([3.0, 1.0]))
+    array([[5.],
+           [4.]])
+    """
+    xp = _arrays.check_arrays({"x": x, "y": y, "weights": weights}, integers=True)
+    _check_samples("x", x)
+    n = x.shape[-2]
+    batches = {"x": tuple(x.shape[:-2])}
+    if y is not None:
+        _check_samples("y", y)
+        if y.shape[-2] != n:
+            raise ValueError(
+                f"y must have as many samples on axis -2 as x, got shapes x: {tuple(x.shape)}, y: {tuple(y.shape)}"
+            )
+        batches["y"] = tuple(y.shape[:-2])
+    if weights is not None:
+        _arrays.check_core("weights", weights, (n,), "to match the samples of x")
+        batches["weights"] = tuple(weights.shape[:-1])
+    _arrays.broadcast_batch(batches)
+    x, y, weights = _arrays.promote(xp, x, y, weights)
+    fractions = None if weights is None else _normalise(xp, weights)[0]
+    if y is None:
+        return _gram(xp, x if fractions is None else x * xp.sqrt(fractions)[..., None], n if fractions is None else 1)
+    if fractions is None:
+        return xp.matrix_transpose(x) @ y / n
+    if x.shape[-1] <= y.shape[-1]:
+        return xp.matrix_transpose(x * fractions[..., None]) @ y
+    return xp.matrix_transpose(x) @ (y * fractions[..., None])
+
+
+@_quiet
+def covariance(
+    x: Array,
+    /,
+    *,
+    weights: Array | None = None,
+    correction: float = 0,
+    assume_centered: bool = False,
+    shrinkage: float | str | None = None,
+) -> Array:
+    r"""Covariance matrices of samples, shrunk towards a multiple of the identity if asked.
+
+    Parameters
+    ----------
+    x : array, shape (*batch, n, p)
+        n samples of p features. Integers are promoted.
+    weights : array, shape (*batch, n), optional
+        Nonnegative weights of the samples, as `aweights` of `numpy.cov`. Default: all equal.
+    correction : float
+        The divisor is :math:`\sum w - \mathrm{correction} \sum w^2 / \sum w`, which is
+        n − correction for equal weights: 0 for the mean, 1 for the unbiased estimate.
+    assume_centered : bool
+        The mean is known to be zero and is not subtracted.
+    shrinkage : float in [0, 1], "ledoit_wolf", "oas" or None
+        How far to go from the sample covariance S, at 0 or None, to tr(S)/p · I, at 1. The
+        two names estimate the best distance for each member; they need equal weights and
+        no correction.
+
+    Returns
+    -------
+    array, shape (*batch, p, p)
+        The covariances, in units of x squared, batch axes broadcast, exactly symmetric. A
+        member with a NaN or an Inf touches no other; one whose divisor is not positive
+        (a single sample with correction 1), or whose weights are negative, not finite or
+        sum to 0, is NaN.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of dtype float32, float64 or an integer, if
+        libraries or floating dtypes are mixed, or if an option is of another type.
+    ValueError
+        If shapes do not fit, there are no samples, an option is out of its range, a named
+        shrinkage comes with weights or a correction, or `weights` without batch axes hold
+        a negative or non-finite entry or sum to 0 (not asked of lazy arrays, where the
+        result is NaN).
+
+    See Also
+    --------
+    second_moment : the second moment about zero.
+    Moments : the same from samples that come in pieces.
+
+    Notes
+    -----
+    The mean is subtracted, and then the mean of what is left: the second step takes away
+    the rounding error of the first, so that a mean of 1e8 times the spread does no harm in
+    float64 (the corrected two-pass algorithm of Chan, Golub and LeVeque 1983).
+
+    With :math:`S' = S / \mathrm{tr} S`, :math:`\delta = \lVert S' - I/p \rVert_F^2` (so that
+    :math:`\lVert S' \rVert_F^2 = \delta + 1/p`) and
+    :math:`x_k` the centred samples, "ledoit_wolf" goes by the fraction
+    :math:`\min(1, \beta / \delta)`, :math:`\beta = (\langle \lVert x_k \rVert^4 \rangle /
+    \mathrm{tr}(S)^2 - \lVert S' \rVert_F^2) / n` (Ledoit and Wolf 2004), and "oas" by
+    :math:`\min(1, (\lVert S' \rVert_F^2 + 1) / ((n + 1) \delta))` (Chen, Wiesel, Eldar and
+    Hero 2010, Eq 23 without its 2/p, as in scikit-learn).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> x = np.asarray([[1.0, 0.0], [3.0, 4.0]])
+    >>> ng.covariance(x)
+    array([[1., 2.],
+           [2., 4.]])
+    >>> ng.covariance(x, correction=1, shrinkage=0.5)
+    array([[3.5, 2. ],
+           [2. , 6.5]])
+    """
+    xp, x, weights = _check_weighted_samples(x, weights)
+    _check_number("correction", correction)
+    if not isinstance(assume_centered, bool):
+        raise TypeError(f"assume_centered must be True or False, got {_arrays.describe(assume_centered)}")
+    if isinstance(shrinkage, str):
+        _arrays.check_option("shrinkage", shrinkage, SHRINKAGES)
+        if weights is not None or correction != 0:
+            got = "weights" if weights is not None else f"correction {correction}"
+            raise ValueError(f"shrinkage {shrinkage!r} needs equal weights and correction 0, got {got}")
+    elif shrinkage is not None:
+        _check_number("shrinkage", shrinkage, largest=1, expected="None, a number in [0, 1], 'ledoit_wolf' or 'oas'")
+    n = x.shape[-2]
+    if weights is None:
+        centred = x if assume_centered else _centre(xp, x, None)[1]
+        divisor = n - correction
+        cov = _gram(xp, centred, divisor if divisor > 0 else xp.nan)
+    else:
+        fractions, _, squares = _normalise(xp, weights)
+        root = xp.sqrt(fractions)[..., None]
+        if assume_centered:
+            centred = x * root
+        else:
+            centred = _centre(xp, x, fractions)[1]
+            centred *= root
+        divisor = 1.0 - correction * squares
+        cov = _gram(xp, centred, xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None])
+    if shrinkage is None:
+        return cov
+    if shrinkage == "ledoit_wolf":
+        return _shrink(xp, cov, _ledoit_wolf(xp, centred, cov))
+    if shrinkage == "oas":
+        return _shrink(xp, cov, _oas(xp, n, cov))
+    return _shrink(xp, cov, float(shrinkage))
+
+
+class Moments(NamedTuple):
+    r"""Mean and scatter of samples that come in pieces: from batches, workers or a stream.
+
+    Make one with `from_samples` or `empty`, join them with `merge` and let old samples fade
+    with `discount`; each call returns a new one. It is a named tuple of arrays: a pytree for
+    JAX, and it pickles.
+
+    Attributes
+    ----------
+    weight : array, shape (*batch,)
+        Sum of the weights of the samples: their number where weights are 1.
+    weight_squared : array, shape (*batch,)
+        Sum of the squared weights.
+    mean : array, shape (*batch, p)
+        Weighted mean of the samples, in units of x.
+    scatter : array, shape (*batch, p, p)
+        Weighted sum of (x − mean)(x − mean)ᵀ, in units of x squared.
+
+    Notes
+    -----
+    Pieces are joined by the formula of Chan, Golub and LeVeque (1983): with
+    :math:`d = \bar{x}_2 - \bar{x}_1` the joint scatter is :math:`S_1 + S_2 + d d^T w_1 w_2 /
+    (w_1 + w_2)`. Sums of squares about zero never appear, so a large mean costs no digits,
+    and the order of merges matters only to rounding.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> x = np.asarray([[1.0, 0.0], [3.0, 4.0], [5.0, 2.0]])
+    >>> moments = ng.Moments.empty(2, like=x)
+    >>> for chunk in (x[:2], x[2:]):
+    ...     moments = moments.merge(ng.Moments.from_samples(chunk))
+    >>> moments.mean
+    array([3., 2.])
+    >>> moments.covariance(correction=1)
+    array([[4., 2.],
+           [2., 4.]])
+    """
+
+    weight: Array
+    weight_squared: Array
+    mean: Array
+    scatter: Array
+
+    @classmethod
+    @_quiet
+    def from_samples(cls, x: Array, /, *, weights: Array | None = None) -> Moments:
+        """Moments of one piece.
+
+        Parameters
+        ----------
+        x : array, shape (*batch, n, p)
+            n samples of p features. Integers are promoted.
+        weights : array, shape (*batch, n), optional
+            Nonnegative weights of the samples. Default: 1 each.
+
+        Returns
+        -------
+        Moments
+            Batch axes broadcast. A member whose weights are negative, not finite or sum to
+            0 is NaN.
+
+        Raises
+        ------
+        TypeError
+            If an argument is not an array of dtype float32, float64 or an integer, or if
+            libraries or floating dtypes are mixed.
+        ValueError
+            If shapes do not fit, there are no samples, or `weights` without batch axes hold
+            a negative or non-finite entry or sum to 0 (not asked of lazy arrays).
+        """
+        xp, x, weights = _check_weighted_samples(x, weights)
+        n = x.shape[-2]
+        if weights is None:
+            mean, centred = _centre(xp, x, None)
+            # Two arrays, not one twice: JAX does not donate a buffer that appears again.
+            count, squares = (
+                xp.full(tuple(x.shape[:-2]), n, dtype=x.dtype, device=_arrays.device(x)) for _ in range(2)
+            )
+            return cls(count, squares, mean[..., 0, :], _gram(xp, centred, 1))
+        fractions, total, squares = _normalise(xp, weights)
+        mean, centred = _centre(xp, x, fractions)
+        centred *= xp.sqrt(fractions)[..., None]
+        zeros = xp.zeros(tuple(mean.shape[:-2]), dtype=x.dtype, device=_arrays.device(x))
+        weight = xp.asarray(total + zeros)
+        return cls(
+            weight,
+            xp.asarray(total * total * squares + zeros),
+            mean[..., 0, :],
+            _gram(xp, centred, 1) * weight[..., None, None],
+        )
+
+    @classmethod
+    def empty(cls, features: int, /, *, like: Array, batch_shape: Shape = ()) -> Moments:
+        """Moments of no samples: merging them changes nothing.
+
+        Parameters
+        ----------
+        features : int
+            Number p of features.
+        like : array
+            An array of the library, device and dtype to use, of any shape; samples will do.
+        batch_shape : tuple of int
+            Shape of the ensemble. Merging broadcasts, so () fits every ensemble.
+
+        Returns
+        -------
+        Moments
+            All zero. Their `second_moment` and `covariance` are NaN.
+
+        Raises
+        ------
+        TypeError
+            If `features` or an entry of `batch_shape` is not an integer, or `like` is not
+            an array of dtype float32, float64 or an integer.
+        ValueError
+            If `features` or an entry of `batch_shape` is negative.
+        """
+        xp = _arrays.check_arrays({"like": like}, integers=True)
+        if not isinstance(batch_shape, tuple | list):
+            raise TypeError(f"batch_shape must be a tuple of integers, got {_arrays.describe(batch_shape)}")
+        p = _check_size("features", features, "be an integer")
+        batch = tuple(_check_size("batch_shape", size, "be a tuple of integers") for size in batch_shape)
+        device = _arrays.device(like)
+        (scalar,) = _arrays.promote(xp, xp.zeros((), dtype=like.dtype, device=device))
+        shapes = (batch, batch, (*batch, p), (*batch, p, p))
+        return cls(*(xp.zeros(shape, dtype=scalar.dtype, device=device) for shape in shapes))
+
+    @_quiet
+    def merge(self, other: Moments, /) -> Moments:
+        """Moments of the samples of both.
+
+        Parameters
+        ----------
+        other : Moments
+            Moments of other samples of the same features, batch axes broadcast.
+
+        Returns
+        -------
+        Moments
+            The same, to rounding, in whatever order pieces are merged.
+
+        Raises
+        ------
+        TypeError
+            If `other` is not a Moments, or of another library or dtype.
+        ValueError
+            If the features differ, batch axes do not broadcast, or devices differ.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other must be a Moments, got {_arrays.describe(other)}")
+        xp = _arrays.check_arrays({"self": self.mean, "other": other.mean})
+        p, q = self.mean.shape[-1], other.mean.shape[-1]
+        if p != q:
+            raise ValueError(f"other must have the {p} features of self, got {q}")
+        _arrays.broadcast_batch({"self": tuple(self.weight.shape), "other": tuple(other.weight.shape)})
+        weight = self.weight + other.weight
+        share = other.weight / xp.where(weight == 0.0, 1.0, weight)
+        step = other.mean - self.mean
+        # The heavier mean is the one to correct: an empty side then leaves no trace at all.
+        mean = xp.where(
+            (self.weight < other.weight)[..., None],
+            other.mean - step * (self.weight / xp.where(weight == 0.0, 1.0, weight))[..., None],
+            self.mean + step * share[..., None],
+        )
+        step = step * xp.sqrt(self.weight * share)[..., None]
+        scatter = self.scatter + other.scatter + step[..., :, None] * step[..., None, :]
+        return Moments(xp.asarray(weight), xp.asarray(self.weight_squared + other.weight_squared), mean, scatter)
+
+    def discount(self, factor: float | Array, /) -> Moments:
+        """Let the samples so far count for less: exponential forgetting.
+
+        Parameters
+        ----------
+        factor : float in [0, 1] or array of shape (*batch,)
+            What every weight is multiplied by. A chain of discounts and merges forgets with
+            a memory of 1/(1 − factor) pieces.
+
+        Returns
+        -------
+        Moments
+            The same mean and covariance (at correction 0), of smaller weight. A member
+            whose entry of an array `factor` is outside [0, 1] is NaN.
+
+        Raises
+        ------
+        TypeError
+            If `factor` is neither a number nor an array of this library and dtype.
+        ValueError
+            If it is a number outside [0, 1], or its shape does not broadcast to the batch.
+        """
+        xp = _arrays.check_arrays({"self": self.mean})
+        batch = tuple(self.weight.shape)
+        mean = self.mean
+        if isinstance(factor, Real):
+            _check_number("factor", factor, largest=1)
+            factor = matrix_factor = float(factor)
+        else:
+            factor = _arrays.check_nonnegative("factor", factor, xp, self.mean, batch=batch)
+            factor = xp.where(factor <= 1.0, factor, xp.nan)
+            mean = xp.where(xp.isnan(factor)[..., None], xp.nan, mean)
+            matrix_factor = factor[..., None, None]
+        return Moments(
+            xp.asarray(self.weight * factor),
+            xp.asarray(self.weight_squared * (factor * factor)),
+            mean,
+            self.scatter * matrix_factor,
+        )
+
+    @_quiet
+    def second_moment(self) -> Array:
+        """Mean of x xᵀ, about zero.
+
+        Returns
+        -------
+        array, shape (*batch, p, p)
+            In units of x squared, exactly symmetric; NaN in members without samples.
+        """
+        xp = _arrays.check_arrays({"self": self.mean})
+        weight = xp.where(self.weight > 0.0, self.weight, xp.nan)
+        return self.scatter / weight[..., None, None] + self.mean[..., :, None] * self.mean[..., None, :]
+
+    @_quiet
+    def covariance(self, *, correction: float = 0) -> Array:
+        r"""Covariance matrix.
+
+        Parameters
+        ----------
+        correction : float
+            The divisor is :math:`\sum w - \mathrm{correction} \sum w^2 / \sum w`.
+
+        Returns
+        -------
+        array, shape (*batch, p, p)
+            In units of x squared, exactly symmetric; NaN in members whose divisor is not
+            positive.
+
+        Raises
+        ------
+        TypeError
+            If `correction` is not a number.
+        ValueError
+            If it is negative or not finite.
+        """
+        _check_number("correction", correction)
+        xp = _arrays.check_arrays({"self": self.mean})
+        weight = xp.where(self.weight > 0.0, self.weight, xp.nan)
+        divisor = weight - correction * self.weight_squared / weight
+        return self.scatter / xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None]
+
+
+# -------------------------------------------------------------------------------- checks
+
+
+def _check_samples(name: str, x: Array) -> None:
+    shape = tuple(x.shape)
+    if len(shape) < 2:
+        raise ValueError(f"{name} must have shape (*batch, samples, features), got {shape}")
+    # Dask writes a length that it does not know yet as NaN.
+    if not shape[-2] > 0:
+        raise ValueError(
+            f"{name} must have at least one sample on axis -2, and a known number of them, got shape {shape}"
+        )
+
+
+def _check_weighted_samples(x: Array, weights: Array | None) -> tuple[Namespace, Array, Array | None]:
+    xp = _arrays.check_arrays({"x": x, "weights": weights}, integers=True)
+    _check_samples("x", x)
+    if weights is not None:
+        _arrays.check_core("weights", weights, (x.shape[-2],), "to match the samples of x")
+        _arrays.broadcast_batch({"x": tuple(x.shape[:-2]), "weights": tuple(weights.shape[:-1])})
+    x, weights = _arrays.promote(xp, x, weights)
+    return xp, x, weights
+
+
+def _check_number(name: str, value: Any, *, largest: float | None = None, expected: str | None = None) -> None:
+    expected = expected or ("a finite number, at least 0" if largest is None else f"a number in [0, {largest}]")
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {expected}, got {_arrays.describe(value)}")
+    if not 0.0 <= float(value) < float("inf") or (largest is not None and float(value) > largest):
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def _check_size(name: str, value: Any, needs: str) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must {needs}, got {_arrays.describe(value)}") from None
+    if size < 0:
+        raise ValueError(f"{name} must not be negative, got {size}")
+    return size
+
+
+# ---------------------------------------------------------------------------- the bodies
+
+
+def _normalise(xp: Namespace, weights: Array) -> tuple[Array, Array, Array]:
+    """Weights over their sum, that sum, and the sum of squared fractions; NaN if bad."""
+    total = xp.sum(weights, axis=-1)
+    good = xp.all(weights >= 0.0, axis=-1) & (total > 0.0) & xp.isfinite(total)
+    if weights.ndim == 1 and _arrays.eager_any(xp, ~good):
+        smallest, total = float(xp.min(weights)), float(total)
+        raise ValueError(
+            f"weights must be finite, at least 0 and not all 0, got a smallest of {smallest} and a sum of {total}"
+        )
+    total = xp.where(good, total, xp.nan)
+    fractions = xp.where(good[..., None], weights, 0.0) / total[..., None]
+    return fractions, total, xp.sum(fractions * fractions, axis=-1)
+
+
+def _mean(xp: Namespace, x: Array, fractions: Array | None) -> Array:
+    """Mean over samples, shape (*batch, 1, p), as a product: faster than a strided sum."""
+    if fractions is not None:
+        return fractions[..., None, :] @ x
+    n = x.shape[-2]
+    return xp.ones((1, n), dtype=x.dtype, device=_arrays.device(x)) @ x / n
+
+
+def _centre(xp: Namespace, x: Array, fractions: Array | None) -> tuple[Array, Array]:
+    """The mean over samples, shape (*batch, 1, p), and a centred copy of x."""
+    mean = _mean(xp, x, fractions)
+    centred = x - mean
+    residual = _mean(xp, centred, fractions)
+    # In place where the library can: large samples are held once, not twice.
+    centred -= residual
+    return mean + residual, centred
+
+
+def _gram(xp: Namespace, x: Array, divisor: Any) -> Array:
+    """xᵀx over `divisor`, exactly symmetric."""
+    gram = xp.matrix_transpose(x) @ x
+    # Divided after the sum: XLA would fuse the two halves into one rounding and one exact product.
+    return (gram + xp.matrix_transpose(gram)) / (2 * divisor)
+
+
+def _trace(xp: Namespace, a: Array) -> Array:
+    """Traces, with two core axes of length one."""
+    p = a.shape[-1]
+    diagonal = xp.reshape(a, (*a.shape[:-2], p * p))[..., :: p + 1]
+    return xp.sum(diagonal, axis=-1)[..., None, None]
+
+
+def _shrink(xp: Namespace, cov: Array, shrinkage: float | Array) -> Array:
+    p = cov.shape[-1]
+    return (1.0 - shrinkage) * cov + shrinkage * _trace(xp, cov) / max(p, 1) * _arrays.eye(xp, p, cov)
+
+
+def _distance_to_target(xp: Namespace, cov: Array, trace: Array) -> Array:
+    """‖S' − I/p‖² of S' = S / tr S: without units, so that no fourth power of x overflows."""
+    p = cov.shape[-1]
+    off = cov / trace
+    off -= _arrays.eye(xp, p, cov) / max(p, 1)
+    return xp.sum(xp.vecdot(off, off), axis=-1)[..., None, None]
+
+
+def _ledoit_wolf(xp: Namespace, centred: Array, cov: Array) -> Array:
+    n, p = centred.shape[-2:]
+    trace = _trace(xp, cov)
+    trace = xp.where(trace == 0.0, 1.0, trace)
+    delta = _distance_to_target(xp, cov, trace)
+    # ‖x xᵀ‖_F = ‖x‖², so the outer products need not be formed.
+    lengths = xp.vecdot(centred, centred) / trace[..., 0]
+    spread = xp.vecdot(lengths, lengths)[..., None, None] / n
+    beta = (spread - delta - 1.0 / max(p, 1)) / n
+    beta = xp.where(beta > 0.0, beta, 0.0)
+    return xp.where(beta < delta, beta / xp.where(delta > 0.0, delta, 1.0), 1.0)
+
+
+def _oas(xp: Namespace, n: int, cov: Array) -> Array:
+    trace = _trace(xp, cov)
+    delta = _distance_to_target(xp, cov, xp.where(trace == 0.0, 1.0, trace))
+    numerator, denominator = delta + 1.0 / max(cov.shape[-1], 1) + 1.0, (n + 1) * delta
+    return xp.where(numerator < denominator, numerator / xp.where(denominator > 0.0, denominator, 1.0), 1.0)

@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests."""
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from backends import BACKENDS, Backend, clear_compiled
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_enable_x64", True)
+# Compiling is most of what the tests under `jax.jit` do; what is compiled runs once.
+jax.config.update("jax_disable_most_optimizations", True)
+
+# The same examples on every run; `--hypothesis-profile=explore` looks for new ones.
+_checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=_checks)
+settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=_checks)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each library in turn, with the flags of array-api-strict set around the test."""
+    chosen: Backend = request.param
+    clear_compiled()
+    chosen.activate()
+    try:
+        yield chosen
+    finally:
+        chosen.deactivate()
+
+
+@pytest.fixture(params=["float64", "float32"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    """The floating dtypes that the library works in, by name."""
+    return str(request.param)

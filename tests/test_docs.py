@@ -1,0 +1,185 @@
+"""What is written about the package is true of the package."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import natgrad_array as ng
+from natgrad_array import _support
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUICK_START = (
+    'python -m pip install ".[demo]" && natgrad-array demo',
+    'python -m pip install ".[test]" && python -m pytest',
+)
+
+
+def read(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def public_callables():
+    """Shortest paths from the package to everything public that can be called."""
+    names = {}
+    for prefix, module in (("deep_linear.", ng.deep_linear), ("", ng)):
+        names |= {value: prefix + name for name in module.__all__ if callable(value := getattr(module, name))}
+    return set(names.values())
+
+
+def resolve(path):
+    """The object behind a name such as ``ng.deep_linear.fisher(...).block``."""
+    value = ng
+    for part in path.split(".", 1)[1].replace("(...)", "()").split("."):
+        value = getattr(value, part.removesuffix("()"))
+        if part.endswith("()"):
+            eye = np.eye(2)
+            value = value((eye,), ng.GaussianTask(eye, eye, eye, eye))
+    return value
+
+
+# --------------------------------------------------------------------------- the commands
+
+
+def test_readme_quick_start_is_the_two_commands():
+    section = re.search(r"^## Quick start$(.*?)^## ", read("README.md"), re.MULTILINE | re.DOTALL)[1]
+    assert tuple(re.findall(r"^```sh\n(.*?)\n```$", section, re.MULTILINE | re.DOTALL)) == QUICK_START
+
+
+def test_start_page_has_the_first_command():
+    assert QUICK_START[0] in read("docs/start.md").splitlines()
+
+
+def test_ci_ends_with_the_second_command():
+    lines = read(".ci/run").splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert "set -euo pipefail" in lines
+    assert lines[-1] == QUICK_START[1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are those of POSIX")
+def test_ci_is_executable():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+# --------------------------------------------------------------------------- project data
+
+
+def test_run_time_dependencies():
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    names = {re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in project["dependencies"]}
+    assert names == {"numpy", "array-api-compat", "array-api-extra"}
+    assert {"cuda12", "cuda13", "demo", "test", "docs"} <= set(project["optional-dependencies"])
+
+
+def test_changelog_has_the_version():
+    version = tomllib.loads(read("pyproject.toml"))["project"]["version"]
+    assert re.search(rf"^## {re.escape(version)} ", read("CHANGELOG.md"), re.MULTILINE)
+
+
+# --------------------------------------------------------------------------- declarations
+
+
+def test_every_public_callable_has_a_support_row():
+    names = [row.name for row in _support.SUPPORT]
+    assert len(names) == len(set(names))
+    assert set(names) == public_callables()
+
+
+@pytest.mark.parametrize("row", _support.SUPPORT, ids=lambda row: row.name)
+def test_support_row(row):
+    assert set(row.libraries) <= set(_support.LIBRARIES)
+    # What the array API standard gives, every library has that follows it.
+    assert set(row.libraries) >= set(_support.LIBRARIES) - {"dask"}
+    assert not row.jit or "jax" in row.libraries
+
+
+# -------------------------------------------------------------------------------- the text
+
+
+def theory_rows():
+    """(equations, functions, tests) of the rows of the theory page's two tables."""
+    rows = []
+    for line in read("docs/theory.md").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and "`tests/" in cells[-1]:
+            rows.append((cells[0], re.findall(r"`([^`]+)`", cells[-2]), re.findall(r"`([^`]+)`", cells[-1])))
+    return rows
+
+
+def test_theory_table_covers_every_equation():
+    numbers = []
+    for equations, _, _ in theory_rows():
+        if re.fullmatch(r"[\d–, ]+", equations):
+            for part in equations.split(", "):
+                first, _, last = part.partition("–")
+                numbers += range(int(first), int(last or first) + 1)
+    assert sorted(numbers) == list(range(1, 46))
+
+
+def test_theory_table_names_things_that_are_there():
+    rows = theory_rows()
+    assert rows
+    for equations, functions, tests in rows:
+        assert functions, equations
+        assert all(callable(resolve(function)) for function in functions)
+        for test in tests:
+            path, _, name = test.partition("::")
+            assert (ROOT / path).is_file(), test
+            assert not name or re.search(rf"^\s*def {re.escape(name)}\b", read(path), re.MULTILINE), test
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_in_the_text_are_public(page):
+    names = re.findall(r"`(ng\.[\w.]+(?:\(\.\.\.\)\.\w+)?)`", page.read_text(encoding="utf-8"))
+    for name in names:
+        resolve(name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert re.match(r"https?://", target) or (page.parent / target).is_file(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_on_the_page_runs(page):
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    scope = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), scope)
+    if page.name == "README.md":
+        assert scope["weights"][0].shape == (1000, 5, 4)
+    if page.name == "start.md":
+        assert abs(scope["rate"] - 2) < 0.1
+
+
+# The command line is left out: it needs an extra and prints.
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(ng.__path__, "natgrad_array.")
+    if ".cli" not in module.name and not module.name.endswith("__main__")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(public_callables()))
+def test_public_docstrings_have_the_sections(name):
+    text = resolve(f"ng.{name}").__doc__ or ""
+    sections = re.findall(r"^ *(\w[\w ]*)\n *-{3,}$", text, re.MULTILINE)
+    assert len(text.splitlines()[0]) > 20, "no summary"
+    assert {"Parameters", "Attributes"} & set(sections), f"{name} does not say what it takes or holds"
+    # A class that a function makes is shown in use by that function.
+    assert "Examples" in sections or re.search(r"made by `\w+`", text.splitlines()[0]), f"{name} has no example"

@@ -1,0 +1,911 @@
+"""Moments against NumPy, scikit-learn and sums in extended precision."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import pickle
+import re
+import tracemalloc
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import array_api_strict
+import numpy as np
+import pytest
+from backends import BACKENDS, DASK, JAX, JAX_JIT, STRICT_DEVICE1, STRICT_DEVICE2, Backend
+from cases import BATCH_SHAPES, orthogonal
+from hypothesis import given
+from hypothesis import strategies as st
+from recording import complaint, record
+from sklearn.covariance import ledoit_wolf, oas, shrunk_covariance
+
+from natgrad_array.moments import Moments, covariance, second_moment
+
+SHRINKERS = {"ledoit_wolf": ledoit_wolf, "oas": oas}
+
+
+@pytest.fixture(params=[*BACKENDS, DASK], ids=str)
+def everywhere(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each library in turn, Dask among them."""
+    request.param.activate()
+    try:
+        yield request.param
+    finally:
+        request.param.deactivate()
+
+
+def tolerance(dtype: Any) -> float:
+    return 1e-12 if np.dtype(dtype) == np.float64 else 2e-5
+
+
+def samples(*shape: int, seed: int = 0, dtype: str = "float64") -> np.ndarray:
+    """Correlated samples with a mean of the size of their spread."""
+    rng = np.random.default_rng(seed)
+    p = shape[-1]
+    x = rng.standard_normal(shape) @ rng.standard_normal((p, p)) + rng.standard_normal(p)
+    return x.astype(dtype)
+
+
+def fractions_of(*shape: int, seed: int = 1, dtype: str = "float64") -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0.1, 2.0, shape).astype(dtype)
+
+
+def exact(
+    x: np.ndarray, weights: np.ndarray | None = None, correction: float = 0, centre: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of one member by sums in extended precision, from the first sample on."""
+    x = x.astype(np.longdouble)
+    w = np.ones(x.shape[0], np.longdouble) if weights is None else weights.astype(np.longdouble)
+    total = w.sum()
+    shift = (w[:, None] * (x - x[0])).sum(0) / total
+    deviation = x - x[0] - shift if centre else x
+    scatter = np.einsum("k,ki,kj->ij", w, deviation, deviation)
+    return x[0] + shift, scatter / (total - correction * (w**2).sum() / total)
+
+
+def assert_close(actual: np.ndarray, desired: np.ndarray, tol: float | None = None) -> None:
+    """Compare on the scale of the largest entry, as rounding in a matrix product goes."""
+    assert actual.shape == desired.shape
+    tol = tolerance(actual.dtype) if tol is None else tol
+    scale = float(np.max(np.abs(desired), initial=0.0))
+    np.testing.assert_allclose(actual, desired.astype(np.float64), rtol=tol, atol=tol * scale)
+
+
+def numpy_moments(backend: Backend, moments: Moments) -> Moments:
+    return Moments(*(backend.to_numpy(field) for field in moments))
+
+
+# -------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("p", "q"), [(4, 2), (2, 5), (3, 3)])
+def test_second_moment_is_the_mean_of_outer_products(everywhere, dtype, weighted, p, q):
+    x, y = samples(9, p, dtype=dtype), samples(9, q, seed=3, dtype=dtype)
+    w = fractions_of(9, dtype=dtype) if weighted else np.ones(9)
+    expected = sum(w[k] * np.outer(x[k].astype(float), y[k]) for k in range(9)) / w.sum()
+    options = {"weights": everywhere.asarray(w.astype(dtype))} if weighted else {}
+    given_x, given_y = everywhere.asarrays(x, y)
+    actual = everywhere.call(second_moment, given_x, given_y, **options)
+    everywhere.check(actual, given_x)
+    assert_close(everywhere.to_numpy(actual), expected)
+    own = sum(w[k] * np.outer(x[k].astype(float), x[k]) for k in range(9)) / w.sum()
+    actual = everywhere.call(second_moment, given_x, **options)
+    everywhere.check(actual, given_x)
+    assert_close(everywhere.to_numpy(actual), own)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_covariance_is_numpys(everywhere, dtype, weighted):
+    x = samples(3, 9, 4, dtype=dtype)
+    w = fractions_of(3, 9, dtype=dtype) if weighted else None
+    options = {} if w is None else {"weights": everywhere.asarray(w)}
+    given_x = everywhere.asarray(x)
+
+    def run(a: Any, **options: Any) -> list[Any]:
+        return [covariance(a, correction=correction, **options) for correction in (0, 1, 0.5)]
+
+    for correction, actual in zip((0, 1, 0.5), everywhere.call(run, given_x, **options), strict=True):
+        everywhere.check(actual, given_x)
+        actual = everywhere.to_numpy(actual)
+        for b in range(3):
+            if correction == 0.5:  # numpy.cov takes whole numbers only
+                expected = exact(x[b], None if w is None else w[b], 0.5)[1]
+            else:
+                expected = np.cov(x[b].T.astype(float), aweights=None if w is None else w[b], ddof=correction)
+            assert_close(actual[b], expected)
+
+
+def test_covariance_about_a_known_mean(everywhere):
+    x, w = samples(9, 4), fractions_of(9)
+    given_x, given_w = everywhere.asarrays(x, w)
+    actual = everywhere.call(covariance, given_x, assume_centered=True, correction=1)
+    assert_close(everywhere.to_numpy(actual), exact(x, None, 1, centre=False)[1])
+    actual = everywhere.call(covariance, given_x, assume_centered=True, correction=1, weights=given_w)
+    assert_close(everywhere.to_numpy(actual), exact(x, w, 1, centre=False)[1])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_one_piece(everywhere, dtype, weighted):
+    x = samples(3, 9, 4, dtype=dtype)
+    w = fractions_of(3, 9, dtype=dtype) if weighted else np.ones((3, 9), dtype)
+    options = {"weights": everywhere.asarray(w)} if weighted else {}
+    given_x = everywhere.asarray(x)
+
+    def run(a: Any, **options: Any) -> tuple[Any, ...]:
+        moments = Moments.from_samples(a, **options)
+        return moments, moments.second_moment(), moments.covariance(), moments.covariance(correction=1)
+
+    moments, *results = everywhere.call(run, given_x, **options)
+    assert isinstance(moments, Moments)
+    for array in (*moments, *results):
+        everywhere.check(array, given_x)
+    actual = numpy_moments(everywhere, moments)
+    second, *covariances = [everywhere.to_numpy(result) for result in results]
+    assert_close(actual.weight, w.astype(float).sum(-1))
+    assert_close(actual.weight_squared, (w.astype(float) ** 2).sum(-1))
+    for b in range(3):
+        mean, cov = exact(x[b], w[b])
+        assert_close(actual.mean[b], mean)
+        assert_close(actual.scatter[b], cov * w[b].sum(dtype=np.longdouble))
+        assert_close(second[b], exact(x[b], w[b], centre=False)[1])
+        for correction in (0, 1):
+            assert_close(covariances[correction][b], exact(x[b], w[b], correction)[1])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_mean_far_from_zero_costs_no_digits(everywhere, weighted):
+    offset = np.asarray([1e8, -1e8, 3e7]) * (1.0 if everywhere.float64 else 1e-4)
+    x = everywhere.to_numpy(everywhere.asarray(samples(2, 200, 3) + offset))
+    w = everywhere.to_numpy(everywhere.asarray(fractions_of(2, 200)))
+    options = {"weights": everywhere.asarray(w)} if weighted else {}
+
+    def run(a: Any, **options: Any) -> tuple[Any, Any]:
+        pieces = [
+            Moments.from_samples(
+                a[:, k : k + 50, ...], **{name: value[:, k : k + 50] for name, value in options.items()}
+            )
+            for k in range(0, 200, 50)
+        ]
+        return covariance(a, correction=1, **options), functools.reduce(Moments.merge, pieces)
+
+    direct, streamed = everywhere.call(run, everywhere.asarray(x), **options)
+    direct, streamed = everywhere.to_numpy(direct), numpy_moments(everywhere, streamed)
+    for b in range(2):
+        mean, cov = exact(x[b], w[b] if weighted else None, 1)
+        assert_close(direct[b], cov, 1e-13 if everywhere.float64 else 1e-5)
+        # The means of pieces are stored to 1e8 · eps, 1.5e-8 of the spread, and so are their differences.
+        assert_close(streamed.covariance(correction=1)[b], cov, 1e-7 if everywhere.float64 else 2e-3)
+        assert_close(streamed.mean[b], mean, 1e-15 if everywhere.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_rounding_error_of_the_mean_is_taken_back(backend, dtype, weighted):
+    """Near 1/eps the mean itself rounds to 3 % of the spread, which one centring would leave in."""
+    if dtype == "float64" and not backend.float64:
+        dtype = "float32"
+    offset = 0.5 / float(np.finfo(dtype).eps) / 8
+    x = (samples(1000, 3) + offset).astype(dtype)
+    w = fractions_of(1000, dtype=dtype) if weighted else None
+    options = {} if w is None else {"weights": backend.asarray(w)}
+    given_x = backend.asarray(x)
+    cov = backend.to_numpy(backend.call(covariance, given_x, **options))
+    moments = numpy_moments(backend, backend.call(Moments.from_samples, given_x, **options))
+    mean, expected = exact(x, w)
+    assert_close(cov, expected)
+    assert_close(moments.covariance(), expected)
+    np.testing.assert_allclose(moments.mean, mean.astype(float), rtol=1.01 * np.finfo(dtype).eps)
+
+
+def test_the_mean_of_many_samples_is_right_to_the_last_bit():
+    x = np.random.default_rng(0).uniform(1.0, 2.0, (300_001, 2)).astype(np.float32)
+    for weights in (None, np.ones(300_001, np.float32)):
+        mean = Moments.from_samples(x, weights=weights).mean
+        np.testing.assert_allclose(mean, exact(x)[0].astype(float), rtol=np.finfo(np.float32).eps)
+
+
+# ----------------------------------------------------------------------------- shrinkage
+
+
+@pytest.mark.parametrize("shape", [(30, 4), (4, 30), (2, 3), (50, 1), (1, 1), (400, 2)], ids=str)
+def test_estimated_shrinkage_is_scikit_learns(everywhere, dtype, shape):
+    x = np.stack([samples(*shape, seed=seed, dtype=dtype) * scale for seed, scale in ((0, 1), (1, 1e-3), (2, 50))])
+    given_x = everywhere.asarray(x)
+    choices = list(itertools.product(SHRINKERS, (False, True)))
+
+    def run(a: Any) -> list[Any]:
+        return [covariance(a, shrinkage=name, assume_centered=centred) for name, centred in choices]
+
+    for (name, centred), actual in zip(choices, everywhere.call(run, given_x), strict=True):
+        everywhere.check(actual, given_x)
+        actual = everywhere.to_numpy(actual)
+        for b in range(3):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a single sample
+                expected, _ = SHRINKERS[name](x[b].astype(float), assume_centered=centred)
+            assert_close(actual[b], expected, max(tolerance(actual.dtype), 1e-11))
+
+
+@pytest.mark.parametrize("name", SHRINKERS)
+def test_shrinkage_that_reaches_its_ends(name):
+    rng = np.random.default_rng(5)
+    for x in (
+        np.vstack([np.eye(3), -np.eye(3)]),  # a multiple of the identity already
+        np.zeros((5, 3)),
+        np.ones((5, 3)),
+        np.asarray([[1.0, 2.0, 3.0]]),
+        rng.standard_normal((3, 200)),  # nothing to be learnt about directions
+        np.outer(np.linspace(-1, 1, 60), [1.0, 2.0, 3.0]),  # rank one
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected, _ = SHRINKERS[name](x)
+        np.testing.assert_allclose(covariance(x, shrinkage=name), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", SHRINKERS)
+@pytest.mark.parametrize("scale", [1e-17, 1e15])
+def test_shrinkage_has_no_units_in_float32(name, scale):
+    x = samples(20, 5, dtype="float32")
+    scaled = covariance(x * np.float32(scale), shrinkage=name).astype(float)
+    assert_close(scaled / scale**2, SHRINKERS[name](x.astype(float))[0], 2e-5)
+
+
+@pytest.mark.parametrize("amount", [0, 0.3, 1, 1.0, np.float64(0.5)])
+def test_fixed_shrinkage(everywhere, amount):
+    x, w = samples(2, 9, 4), fractions_of(9)
+    given_x, given_w = everywhere.asarrays(x, w)
+    actual = everywhere.call(covariance, given_x, shrinkage=amount, weights=given_w, correction=1)
+    everywhere.check(actual, given_x)
+    for b in range(2):
+        expected = shrunk_covariance(np.cov(x[b].T, aweights=w, ddof=1), float(amount))
+        assert_close(everywhere.to_numpy(actual)[b], expected)
+
+
+# ----------------------------------------------------------------------------- streaming
+
+
+@st.composite
+def pieces_in_an_order(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
+    n = draw(st.integers(1, 40), label="samples")
+    cuts = sorted(draw(st.sets(st.integers(1, n - 1), max_size=6), label="cuts")) if n > 1 else []
+    pairs = draw(st.lists(st.integers(0, 1000), min_size=len(cuts), max_size=len(cuts)), label="which two to merge")
+    return n, cuts, pairs
+
+
+@given(pieces_in_an_order(), st.booleans(), st.sampled_from([0.0, 1e3]))
+def test_pieces_merged_in_any_order_are_the_whole(drawn, weighted, offset):
+    n, cuts, pairs = drawn
+    x, w = samples(2, n, 3, seed=n) + offset, fractions_of(2, n)
+    bounds = [0, *cuts, n]
+    parts = [
+        Moments.from_samples(x[:, a:b], weights=w[:, a:b] if weighted else None) for a, b in itertools.pairwise(bounds)
+    ]
+    for pick in pairs:
+        first = parts.pop(pick % len(parts))
+        second = parts.pop(pick // 7 % len(parts))
+        parts.append(first.merge(second))
+    (merged,) = parts
+    for b in range(2):
+        weights = w[b] if weighted else None
+        mean, cov = exact(x[b], weights)
+        np.testing.assert_allclose(merged.mean[b], mean.astype(float), rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(merged.covariance()[b], cov.astype(float), rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(
+            merged.second_moment()[b], exact(x[b], weights, centre=False)[1].astype(float), rtol=1e-12, atol=1e-12
+        )
+        np.testing.assert_allclose(merged.weight[b], n if weights is None else weights.sum(), rtol=1e-13)
+
+
+def test_empty_is_neutral_to_the_last_bit(everywhere, dtype):
+    x = everywhere.asarray(samples(2, 9, 4, dtype=dtype) + 3.0)
+    moments = Moments.from_samples(x)
+    for shape in ((), (2,), (1,)):
+        nothing = Moments.empty(4, like=x, batch_shape=shape)
+        for array in nothing:
+            everywhere.check(array, x)
+        assert tuple(nothing.weight.shape) == shape
+        for merged in (
+            everywhere.call(Moments.merge, nothing, moments),
+            everywhere.call(Moments.merge, moments, nothing),
+        ):
+            for before, after in zip(moments, merged, strict=True):
+                np.testing.assert_array_equal(everywhere.to_numpy(after), everywhere.to_numpy(before))
+
+
+def test_forgotten_samples_leave_no_trace():
+    before, after = Moments.from_samples(samples(9, 4) + 1e12), Moments.from_samples(samples(9, 4, seed=8))
+    for merged in (before.discount(0.0).merge(after), after.merge(before.discount(0))):
+        for expected, actual in zip(after, merged, strict=True):
+            np.testing.assert_array_equal(actual, expected)
+
+
+def test_nothing_merged_with_nothing(everywhere):
+    like = everywhere.asarray(np.zeros(1))
+    nothing = Moments.empty(3, like=like)
+    both = numpy_moments(everywhere, everywhere.call(Moments.merge, nothing, nothing))
+    assert not any(np.any(field) for field in both)
+    assert np.all(np.isnan(everywhere.to_numpy(nothing.covariance())))
+    assert np.all(np.isnan(everywhere.to_numpy(nothing.second_moment())))
+
+
+def test_discount_is_a_weight(everywhere):
+    x = samples(3, 9, 4)
+    factor = np.asarray([0.5, 0.8, 1.0])
+
+    def run(a: Any, by: Any) -> tuple[Any, ...]:
+        moments = Moments.empty(4, like=a)
+        for k in range(0, 9, 3):
+            moments = moments.merge(Moments.from_samples(a[:, k : k + 3, ...]))
+            moments = moments.discount(by)
+        return moments, moments.covariance(), moments.covariance(correction=1)
+
+    for by, rates in ((0.7, (0.7, 0.7, 0.7)), (everywhere.asarray(factor), factor)):
+        moments, *covariances = everywhere.call(run, everywhere.asarray(x), by)
+        moments = numpy_moments(everywhere, moments)
+        tol = tolerance(moments.mean.dtype)
+        for b, rate in enumerate(rates):
+            w = np.repeat([rate**3, rate**2, rate], 3)
+            np.testing.assert_allclose(moments.weight[b], w.sum(), rtol=tol)
+            for correction in (0, 1):
+                mean, expected = exact(x[b], w, correction)
+                assert_close(everywhere.to_numpy(covariances[correction])[b], expected, tol)
+                assert_close(moments.mean[b], mean, tol)
+
+
+def test_a_bad_discount_spoils_its_member_only(everywhere):
+    moments = Moments.from_samples(everywhere.asarray(samples(4, 9, 3)))
+    factor = everywhere.asarray(np.asarray([-0.5, 0.5, 1.5, np.nan]))
+    actual = numpy_moments(everywhere, everywhere.call(Moments.discount, moments, factor))
+    for before, after in zip(numpy_moments(everywhere, moments), actual, strict=True):
+        assert np.all(np.isnan(after[[0, 2, 3]]))
+        assert np.all(np.isfinite(after[1]))
+        assert after.shape == before.shape
+
+
+def test_dask_pieces_by_tree_reduction():
+    import dask
+    import dask.array as da
+
+    x = samples(57, 4) + 100.0
+    chunked = da.from_array(x, chunks=(10, 3))
+    with dask.config.set(scheduler="synchronous"):
+        assert_close(second_moment(chunked).compute(), x.T @ x / 57)
+        assert_close(second_moment(chunked, chunked[:, :2]).compute(), x.T @ x[:, :2] / 57)
+        assert_close(covariance(chunked, correction=1).compute(), np.cov(x.T))
+        assert_close(covariance(chunked, shrinkage="oas").compute(), oas(x)[0], 1e-11)
+        assert_close(covariance(chunked, shrinkage="ledoit_wolf").compute(), ledoit_wolf(x)[0], 1e-11)
+        w = fractions_of(57)
+        actual = covariance(chunked, weights=da.from_array(w, chunks=7)).compute()
+        assert_close(actual, np.cov(x.T, aweights=w, ddof=0))
+        assert_close(Moments.from_samples(chunked).covariance().compute(), np.cov(x.T, ddof=0))
+        rows = da.from_array(x, chunks=(10, 4)).to_delayed().ravel()
+        parts = [dask.delayed(Moments.from_samples)(block) for block in rows]
+        while len(parts) > 1:
+            parts = [
+                dask.delayed(Moments.merge)(*pair) if len(pair) == 2 else pair[0]
+                for pair in (parts[k : k + 2] for k in range(0, len(parts), 2))
+            ]
+        assert_close(parts[0].compute().covariance(correction=1), np.cov(x.T), 1e-11)
+        unknown = chunked[chunked[:, 0] > 100.0]
+        with pytest.raises(ValueError, match="known number"):
+            covariance(unknown)
+
+
+# -------------------------------------------------------------------------------- stacks
+
+
+def everything(x: Any, y: Any, w: Any) -> list[Any]:
+    """All results that come from samples, with and without weights."""
+    results = [second_moment(x), second_moment(x, weights=w), second_moment(x, y), second_moment(x, y, weights=w)]
+    results += [second_moment(y, x, weights=w), covariance(x), covariance(x, weights=w, correction=0.5)]
+    results += [covariance(x, weights=w, shrinkage=0.25), covariance(x, weights=w, assume_centered=True)]
+    results += [covariance(x, shrinkage=name) for name in ("oas", "ledoit_wolf", 0.25)]
+    moments = Moments.from_samples(x, weights=w)
+    merged = moments.merge(Moments.from_samples(x)).discount(0.5)
+    return [*results, moments.scatter, merged.scatter, merged.second_moment(), merged.covariance(correction=1)]
+
+
+SYMMETRIC = [k for k in range(16) if k not in (2, 3, 4)]
+WEIGHTED = [1, 3, 4, 6, 7, 8, 12, 13, 14, 15]
+
+
+# Eager JAX compiles each operation anew for each shape; under jit it goes through them all.
+@pytest.mark.parametrize(
+    ("everywhere", "batch"),
+    [(b, shape) for b in (*BACKENDS, DASK) for shape in BATCH_SHAPES if b is not JAX or shape in ((), (2, 3))],
+    indirect=["everywhere"],
+    ids=str,
+)
+def test_a_stack_is_a_loop(everywhere, batch):
+    x, y, w = samples(*batch, 9, 4), samples(*batch, 9, 2, seed=4), fractions_of(*batch, 9)
+    given_arrays = everywhere.asarrays(x, y, w)
+    actual = everywhere.call(everything, *given_arrays)
+    alone = {b: everything(x[b], y[b], w[b]) for b in np.ndindex(*batch)}
+    for k, stack in enumerate(actual):
+        everywhere.check(stack, given_arrays[0])
+        stack = everywhere.to_numpy(stack)
+        assert stack.shape[:-2] == batch
+        for b, results in alone.items():
+            assert_close(stack[b], results[k], 1e-13 if everywhere.float64 else 2e-5)
+
+
+def test_batch_axes_broadcast(everywhere):
+    x, y, w = samples(2, 1, 6, 3), samples(4, 6, 2, seed=4), fractions_of(3, 1, 1, 6)
+    given_x, given_y, given_w = everywhere.asarrays(x, y, w)
+    actual = everywhere.to_numpy(everywhere.call(second_moment, given_x, given_y, weights=given_w))
+    expected = np.einsum("abcn,bcni,bcnj->abcij", *map(np.array, (np.broadcast_to(w, (3, 2, 4, 6)),
+        np.broadcast_to(x, (2, 4, 6, 3)), np.broadcast_to(y, (2, 4, 6, 2)))))  # fmt: skip
+    assert_close(actual, expected / w.sum(-1)[..., None, None])
+    # One set of samples, many sets of weights; and the other way round.
+    many = fractions_of(5, 6)
+    given_many = everywhere.asarray(many)
+    one = everywhere.asarray(x[0, 0])
+    actual = everywhere.to_numpy(everywhere.call(covariance, one, weights=given_many))
+    moments = everywhere.call(Moments.from_samples, one, weights=given_many)
+    assert [tuple(a.shape) for a in moments] == [(5,), (5,), (5, 3), (5, 3, 3)]
+    for b in range(5):
+        assert_close(actual[b], np.cov(x[0, 0].T, aweights=many[b], ddof=0))
+    shared = everywhere.asarray(many[0])
+    moments = everywhere.call(Moments.from_samples, given_x, weights=shared)
+    assert [tuple(a.shape) for a in moments] == [(2, 1), (2, 1), (2, 1, 3), (2, 1, 3, 3)]
+    actual = everywhere.to_numpy(moments.covariance())
+    for b in range(2):
+        assert_close(actual[b, 0], np.cov(x[b, 0].T, aweights=many[0], ddof=0))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 5), (9, 1), (1, 1), (9, 0)], ids=str)
+def test_few_samples_or_features(everywhere, shape):
+    n, p = shape
+    x = samples(n, p, dtype="float64") if p else np.zeros((n, 0))
+    given_x = everywhere.asarray(x)
+    for correction in (0, 1):
+        expected = exact(x, None, correction)[1] if n > correction else np.full((p, p), np.nan)
+        for cov in (
+            everywhere.call(covariance, given_x, correction=correction),
+            everywhere.call(covariance, given_x, correction=correction, weights=everywhere.asarray(np.full(n, 2.0))),
+            everywhere.call(Moments.from_samples, given_x).covariance(correction=correction),
+        ):
+            cov = everywhere.to_numpy(cov)
+            assert cov.shape == (p, p)
+            if n == 1 and not correction:
+                np.testing.assert_allclose(cov, 0.0, atol=1e-13)
+            else:
+                assert_close(cov, expected)
+    for shrinkage in (0.5, "oas", "ledoit_wolf"):
+        result = everywhere.to_numpy(everywhere.call(covariance, given_x, shrinkage=shrinkage))
+        assert result.shape == (p, p)
+        assert np.all(np.isfinite(result))
+
+
+def test_zero_weight_is_absence(everywhere):
+    x, w = samples(9, 3), fractions_of(9)
+    w[[1, 4]] = 0.0
+    given_x, given_w = everywhere.asarrays(x, w)
+    kept = w > 0
+    actual = everywhere.call(covariance, given_x, weights=given_w, correction=1)
+    assert_close(everywhere.to_numpy(actual), np.cov(x[kept].T, aweights=w[kept]))
+    alone = everywhere.asarray((np.arange(9) == 2).astype(float))
+    assert np.all(np.isnan(everywhere.to_numpy(everywhere.call(covariance, given_x, weights=alone, correction=1))))
+    np.testing.assert_allclose(
+        everywhere.to_numpy(everywhere.call(covariance, given_x, weights=alone)), 0.0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_only_ratios_of_weights_count(scale):
+    x, w = samples(9, 3), fractions_of(9)
+    assert_close(covariance(x, weights=w * scale, correction=1), np.cov(x.T, aweights=w))
+    assert_close(second_moment(x, weights=w * scale), second_moment(x, weights=w))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_sample_spoils_its_member_only(everywhere, bad):
+    if everywhere.name == "dask":
+        bad = np.nan  # NumPy warns of an Inf inside Dask's own threads
+    x, y, w = samples(3, 9, 4), samples(3, 9, 2, seed=4), fractions_of(3, 9)
+    spoilt = x.copy()
+    spoilt[1, 2, 1] = bad
+    spoilt[1, 3, 2] = -bad
+    spoilt[1, 4, 2] = bad
+    good, given_x, given_y, given_w = everywhere.asarrays(x, spoilt, y, w)
+    clean = everywhere.call(everything, good, given_y, given_w)
+    for expected, actual in zip(clean, everywhere.call(everything, given_x, given_y, given_w), strict=True):
+        expected, actual = everywhere.to_numpy(expected), everywhere.to_numpy(actual)
+        np.testing.assert_array_equal(actual[[0, 2]], expected[[0, 2]])
+        assert not np.all(np.isfinite(actual[1]))
+
+
+def test_bad_weights_spoil_their_member_only(everywhere):
+    x, y, w = samples(7, 9, 4), samples(7, 9, 2, seed=4), fractions_of(7, 9)
+    spoilt = w.copy()
+    spoilt[1, 2] = -0.5
+    spoilt[2, 8] = np.nan
+    spoilt[3, 0] = np.inf
+    spoilt[4] = 0.0
+    spoilt[5] = -1.0
+    given_x, given_y, good, given_w = everywhere.asarrays(x, y, w, spoilt)
+    clean = everywhere.call(everything, given_x, given_y, good)
+    bad = everywhere.call(everything, given_x, given_y, given_w)
+    for k, (expected, actual) in enumerate(zip(clean, bad, strict=True)):
+        expected, actual = everywhere.to_numpy(expected), everywhere.to_numpy(actual)
+        np.testing.assert_array_equal(actual[[0, 6]], expected[[0, 6]])
+        assert np.all(np.isnan(actual[1:6])) == (k in WEIGHTED)
+        assert np.all(np.isfinite(actual[1:6])) == (k not in WEIGHTED)
+    moments = numpy_moments(everywhere, everywhere.call(Moments.from_samples, given_x, weights=given_w))
+    for field in moments:
+        assert np.all(np.isnan(field[1:6]))
+        assert np.all(np.isfinite(field[[0, 6]]))
+
+
+@pytest.mark.parametrize("bad", [[1.0, -0.5, 1.0], [0.0, 0.0, 0.0], [1.0, np.nan, 1.0], [1.0, np.inf, 1.0]], ids=str)
+def test_bad_weights_without_a_batch_raise_where_they_can_be_seen(everywhere, bad):
+    x, weights = everywhere.asarrays(samples(2, 3, 4), np.asarray(bad))
+    for f in (second_moment, covariance, lambda a, weights: Moments.from_samples(a, weights=weights).mean):
+        if everywhere.lazy:
+            assert np.all(np.isnan(everywhere.to_numpy(everywhere.call(f, x, weights=weights))))
+        else:
+            with pytest.raises(ValueError, match="weights must be finite, at least 0 and not all 0, got"):
+                f(x, weights=weights)
+
+
+# ------------------------------------------------------------------- symmetry, equivariance
+
+
+def test_results_are_exactly_symmetric(backend, dtype):
+    arrays = samples(3, 37, 11, dtype=dtype) + 5.0, samples(3, 37, 2, dtype=dtype), fractions_of(3, 37, dtype=dtype)
+    results = backend.call(everything, *backend.asarrays(*(array.astype(dtype) for array in arrays)))
+    for k in SYMMETRIC:
+        result = backend.to_numpy(results[k])
+        np.testing.assert_array_equal(result, np.swapaxes(result, -1, -2))
+
+
+@given(st.integers(0, 1000), st.integers(1, 12), st.integers(1, 6), st.sampled_from([None, 0.3, "oas", "ledoit_wolf"]))
+def test_equivariance(seed, n, p, shrinkage):
+    x = samples(n, p, seed=seed)
+    rng = np.random.default_rng(seed)
+    cov = covariance(x, shrinkage=shrinkage)
+    scale = max(float(np.abs(cov).max()), 1e-3)
+    q = orthogonal(rng, p)
+    np.testing.assert_allclose(covariance(x @ q.T, shrinkage=shrinkage), q @ cov @ q.T, rtol=0, atol=1e-10 * scale)
+    order = rng.permutation(p)
+    np.testing.assert_allclose(
+        covariance(x[:, order], shrinkage=shrinkage), cov[order][:, order], rtol=0, atol=1e-12 * scale
+    )
+    np.testing.assert_allclose(covariance(x[rng.permutation(n)], shrinkage=shrinkage), cov, rtol=0, atol=1e-12 * scale)
+    np.testing.assert_allclose(covariance(-4.0 * x, shrinkage=shrinkage), 16.0 * cov, rtol=0, atol=1e-11 * scale)
+    np.testing.assert_allclose(covariance(x + 1.0, shrinkage=shrinkage), cov, rtol=0, atol=1e-12 * scale)
+    a = rng.standard_normal((2, p))
+    second = second_moment(x)
+    np.testing.assert_allclose(second_moment(x, x @ a.T), second @ a.T, rtol=1e-11, atol=1e-11 * second.max())
+
+
+# ------------------------------------------------------------------------- inputs as they come
+
+
+LAYOUTS = {
+    "F-order": np.asfortranarray,
+    "transposed": lambda x: np.ascontiguousarray(x.transpose(2, 1, 0)).transpose(2, 1, 0),
+    "every other": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+    "negative strides": lambda x: np.ascontiguousarray(x[:, ::-1, ::-1])[:, ::-1, ::-1],
+    "zero strides": lambda x: np.broadcast_to(x[0], x.shape),
+    "read-only": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    x, y, w = samples(3, 9, 4), samples(3, 9, 2, seed=4), fractions_of(3, 9)
+    view = LAYOUTS[layout](x)
+    view.flags.writeable = False
+    expected = everything(np.array(view, order="C"), y, w)
+    for reference, actual in zip(expected, everything(view, y, w), strict=True):
+        assert_close(actual, reference, 1e-14)
+
+
+def test_torch_layouts():
+    torch = pytest.importorskip("torch")
+    x, y, w = samples(3, 9, 4), samples(3, 9, 2, seed=4), fractions_of(3, 9)
+    other = torch.asarray(y), torch.asarray(w)
+    transposed = torch.asarray(np.ascontiguousarray(x.swapaxes(-1, -2))).mT
+    for a, plain in ((transposed, x), (torch.asarray(x[0]).expand(3, 9, 4), np.stack([x[0]] * 3))):
+        for reference, actual in zip(everything(plain, y, w), everything(a, *other), strict=True):
+            assert_close(actual.numpy(), reference, 1e-13)
+
+
+def test_inputs_are_never_written_to(everywhere):
+    arrays = samples(3, 9, 4), samples(3, 9, 2, seed=4), fractions_of(3, 9)
+    given_arrays = everywhere.asarrays(*arrays)
+    before = [everywhere.to_numpy(array) for array in given_arrays]
+    everywhere.call(everything, *given_arrays)
+    everywhere.call(covariance, given_arrays[0], shrinkage="ledoit_wolf", assume_centered=True)
+    for array, copy in zip(given_arrays, before, strict=True):
+        np.testing.assert_array_equal(everywhere.to_numpy(array), copy)
+    moments = everywhere.call(Moments.from_samples, given_arrays[0], weights=given_arrays[2])
+    fields = numpy_moments(everywhere, moments)
+    moments.merge(moments).discount(0.5).covariance(correction=1)
+    for field, copy in zip(moments, fields, strict=True):
+        np.testing.assert_array_equal(everywhere.to_numpy(field), copy)
+
+
+@pytest.mark.parametrize("kind", ["int64", "int32", "uint8"])
+def test_integers_are_promoted(everywhere, kind):
+    x = np.asarray([[200, 0], [100, 3], [7, 250]]).astype(kind)
+    w = np.asarray([1, 2, 3]).astype(kind)
+    given_x, given_w = everywhere.asarrays(x, w)
+    floating = everywhere.asarray(np.asarray([0.5, 1.0, 1.5]))
+    expected = np.cov(x.T.astype(float), aweights=w, ddof=0)
+    for weights in (given_w, floating):
+        actual = everywhere.call(covariance, given_x, weights=weights)
+        if weights is floating:
+            everywhere.check(actual, floating)
+        assert everywhere.xp.isdtype(actual.dtype, "real floating")
+        assert_close(everywhere.to_numpy(actual), expected)
+    mixed = everywhere.call(second_moment, given_x, floating[:, None])
+    everywhere.check(mixed, floating)
+    assert_close(everywhere.to_numpy(mixed), x.T.astype(float) @ [[0.5], [1.0], [1.5]] / 3)
+    assert_close(everywhere.to_numpy(everywhere.call(second_moment, given_x)), x.T.astype(float) @ x / 3)
+    empty = Moments.empty(2, like=given_x)
+    merged = empty.merge(everywhere.call(Moments.from_samples, given_x))
+    assert everywhere.xp.isdtype(merged.mean.dtype, "real floating")
+    assert_close(everywhere.to_numpy(merged.mean), x.mean(0))
+
+
+X = np.zeros((4, 3))
+STATE = Moments.from_samples(samples(4, 3))
+BAD: list[tuple[Any, type[Exception], str]] = [
+    (lambda: second_moment([[1.0, 2.0]]), TypeError, "x must be an array .* got a list of length 1"),
+    (lambda: covariance(2.0), TypeError, r"x must be an array .* got float 2\.0"),
+    (lambda: covariance(None), TypeError, "x|got"),
+    (lambda: second_moment(X, [[1.0]]), TypeError, "y must be an array"),
+    (lambda: covariance(X, weights=[1.0, 1.0, 1.0, 1.0]), TypeError, "weights must be an array"),
+    (lambda: covariance(X.astype(np.float16)), TypeError, "x must have dtype .* got float16"),
+    (lambda: covariance(X.astype(complex)), TypeError, "x must have dtype .* got complex128"),
+    (lambda: covariance(X.astype(bool)), TypeError, "x must have dtype .* got bool"),
+    (lambda: covariance(X, weights=np.ones(4, bool)), TypeError, "weights must have dtype .* got bool"),
+    (
+        lambda: covariance(X, weights=np.ones(4, np.float32)),
+        TypeError,
+        "weights has dtype float32, but x has dtype float64",
+    ),
+    (lambda: second_moment(X, X.astype(np.float32)), TypeError, "y has dtype float32, but x has dtype float64"),
+    (lambda: covariance(np.zeros(3)), ValueError, r"x must have shape \(\*batch, samples, features\), got \(3,\)"),
+    (lambda: covariance(np.asarray(3.0)), ValueError, r"x must have shape .* got \(\)"),
+    (lambda: covariance(X[:0]), ValueError, r"x must have at least one sample .* got shape \(0, 3\)"),
+    (lambda: second_moment(X[:0]), ValueError, r"x must have at least one sample .* got shape \(0, 3\)"),
+    (lambda: Moments.from_samples(X[:0]), ValueError, r"x must have at least one sample .* got shape \(0, 3\)"),
+    (lambda: second_moment(X, X[:3]), ValueError, r"y must have as many samples .* x: \(4, 3\), y: \(3, 3\)"),
+    (lambda: second_moment(X, X[0]), ValueError, r"y must have shape .* got \(3,\)"),
+    (lambda: covariance(X, weights=np.ones(3)), ValueError, r"weights must have shape \(\*batch, 4\) .* got \(3,\)"),
+    (lambda: covariance(X, weights=np.asarray(1.0)), ValueError, r"weights must have shape .* got \(\)"),
+    (lambda: covariance(np.zeros((2, 4, 3)), weights=np.ones((3, 4))), ValueError, r"x: \(2,\), weights: \(3,\)"),
+    (lambda: second_moment(np.zeros((2, 4, 3)), np.zeros((3, 4, 1))), ValueError, r"x: \(2,\), y: \(3,\)"),
+    (lambda: covariance(X, correction=-1), ValueError, "correction must be a finite number, at least 0, got -1"),
+    (lambda: covariance(X, correction=math.nan), ValueError, "correction must be .* got nan"),
+    (lambda: covariance(X, correction="1"), TypeError, "correction must be .* got str '1'"),
+    (lambda: covariance(X, correction=True), TypeError, "correction must be .* got bool True"),
+    (lambda: covariance(X, assume_centered=1), TypeError, "assume_centered must be True or False, got int 1"),
+    (lambda: covariance(X, shrinkage=1.5), ValueError, r"shrinkage must be None, a number in \[0, 1\].* got 1\.5"),
+    (lambda: covariance(X, shrinkage=-0.1), ValueError, r"shrinkage must be .* got -0\.1"),
+    (lambda: covariance(X, shrinkage=math.nan), ValueError, "shrinkage must be .* got nan"),
+    (lambda: covariance(X, shrinkage=True), TypeError, "shrinkage must be .* got bool True"),
+    (lambda: covariance(X, shrinkage=[0.5]), TypeError, "shrinkage must be .* got a list of length 1"),
+    (lambda: covariance(X, shrinkage="lw"), ValueError, "shrinkage must be one of 'ledoit_wolf', 'oas', got 'lw'"),
+    (lambda: covariance(X, shrinkage="oas", correction=1), ValueError, "'oas' needs equal weights .* got correction 1"),
+    (
+        lambda: covariance(X, shrinkage="ledoit_wolf", weights=np.ones(4)),
+        ValueError,
+        "'ledoit_wolf' needs .* got weights",
+    ),
+    (lambda: STATE.merge(3.0), TypeError, r"other must be a Moments, got float 3\.0"),
+    (lambda: STATE.merge(Moments.empty(2, like=X)), ValueError, "other must have the 3 features of self, got 2"),
+    (lambda: STATE.merge(Moments.empty(3, like=X.astype("f"))), TypeError, "other has dtype float32, but self has"),
+    (
+        lambda: Moments.empty(3, like=X, batch_shape=(2,)).merge(Moments.empty(3, like=X, batch_shape=(3,))),
+        ValueError,
+        r"self: \(2,\), other: \(3,\)",
+    ),
+    (lambda: STATE.discount(1.5), ValueError, r"factor must be a number in \[0, 1\], got 1\.5"),
+    (lambda: STATE.discount(-0.5), ValueError, r"factor must be a number in \[0, 1\], got -0\.5"),
+    (lambda: STATE.discount(math.nan), ValueError, "factor must be a number .* got nan"),
+    (lambda: STATE.discount(True), TypeError, "factor must be a number .* got bool True"),
+    (lambda: STATE.discount("0.5"), TypeError, "factor must be a number .* got str '0.5'"),
+    (lambda: STATE.discount(np.ones(2)), ValueError, r"factor must have a shape that broadcasts .* got \(2,\)"),
+    (lambda: STATE.discount(np.ones((), np.float32)), TypeError, "factor has dtype float32|float32"),
+    (lambda: STATE.covariance(correction=-1), ValueError, "correction must be .* got -1"),
+    (lambda: Moments.empty(2.0, like=X), TypeError, r"features must be an integer, got float 2\.0"),
+    (lambda: Moments.empty(-2, like=X), ValueError, "features must not be negative, got -2"),
+    (lambda: Moments.empty(2, like=[1.0]), TypeError, "like must be an array"),
+    (lambda: Moments.empty(2, like=X.astype(complex)), TypeError, "like must have dtype .* got complex128"),
+    (lambda: Moments.empty(2, like=X, batch_shape=3), TypeError, "batch_shape must be a tuple of integers, got int 3"),
+    (lambda: Moments.empty(2, like=X, batch_shape=(1.5,)), TypeError, r"batch_shape .* got float 1\.5"),
+    (lambda: Moments.empty(2, like=X, batch_shape=(-1,)), ValueError, "batch_shape must not be negative, got -1"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_mixed_libraries_and_devices():
+    ones = np.ones((4, 3))
+    with pytest.raises(TypeError, match=r"all arrays must come from one library, got x: numpy.*, y: "):
+        second_moment(ones, JAX.asarray(ones))
+    with pytest.raises(TypeError, match="one library"):
+        covariance(STRICT_DEVICE1.asarray(ones), weights=np.ones(4))
+    with pytest.raises(TypeError, match="one library"):
+        STATE.merge(Moments.from_samples(JAX.asarray(ones)))
+    first, second = STRICT_DEVICE1.asarray(ones), STRICT_DEVICE2.asarray(ones)
+    with pytest.raises(ValueError, match=r"y has device .*device2.* but x has device .*device1"):
+        second_moment(first, second)
+    with pytest.raises(ValueError, match="device"):
+        covariance(first, weights=second[:, 0])
+    with pytest.raises(ValueError, match="other has device"):
+        Moments.from_samples(first).merge(Moments.from_samples(second))
+
+
+def test_float16_of_every_library(backend):
+    half = {"array_api_strict": None}.get(backend.library, "float16")
+    if half is None:
+        array = backend.xp.zeros((4, 3), dtype=array_api_strict.complex64)
+    else:
+        array = backend.asarray(np.zeros((4, 3), half))
+    with pytest.raises(TypeError, match="x must have dtype"):
+        backend.call(covariance, array)
+
+
+# ----------------------------------------------------------------------- state and libraries
+
+
+def test_pickle():
+    for shape in ((9, 3), (2, 9, 3)):
+        moments = Moments.from_samples(samples(*shape), weights=fractions_of(*shape[:-1]))
+        assert all(isinstance(field, np.ndarray) for field in moments)
+        restored = pickle.loads(pickle.dumps(moments))
+        assert isinstance(restored, Moments)
+        for before, after in zip(moments, restored, strict=True):
+            np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (2, 9, 3)], ids=str)
+def test_every_call_returns_arrays(backend, shape):
+    x = backend.asarray(samples(*shape))
+    moments = backend.call(Moments.from_samples, x)
+    for state in (moments, backend.call(Moments.merge, moments, moments), backend.call(Moments.discount, moments, 0.5)):
+        assert isinstance(state, Moments)
+        for field, core in zip(state, ((), (), (3,), (3, 3)), strict=True):
+            backend.check(field, x)
+            assert not isinstance(field, np.generic)
+            assert tuple(field.shape) == shape[:-2] + core
+
+
+def test_jax_pytree_and_one_compiled_step():
+    import jax
+
+    x = samples(3, 8, 4)
+    moments = Moments.from_samples(JAX.asarray(x[0]))
+    leaves, tree = jax.tree_util.tree_flatten(moments)
+    assert len(leaves) == len(Moments._fields)
+    assert isinstance(jax.tree_util.tree_unflatten(tree, leaves), Moments)
+
+    def step(state: Moments, chunk: Any) -> tuple[Moments, Any]:
+        state = state.discount(0.5).merge(Moments.from_samples(chunk))
+        return state, state.covariance(correction=1)
+
+    start = Moments.empty(4, like=JAX.asarray(x))
+    _, covariances = jax.lax.scan(step, start, JAX.asarray(x))
+    for k in range(3):
+        w = np.repeat(0.5 ** np.arange(k, -1, -1.0), 8)
+        assert_close(np.asarray(covariances[k]), np.cov(x[: k + 1].reshape(-1, 4).T, aweights=w))
+
+
+def test_gradients_flow_through():
+    import jax
+
+    x = samples(6, 3)
+    c = samples(3, 3, seed=9)
+
+    def value(a: Any) -> Any:
+        return (covariance(a, correction=1) * c).sum()
+
+    deviation = x - x.mean(0)
+    expected = deviation @ (c + c.T) / 5
+    assert_close(np.asarray(jax.grad(value)(JAX.asarray(x))), expected)
+    torch = pytest.importorskip("torch")
+    leaf = torch.asarray(x, requires_grad=True)
+    (covariance(leaf, correction=1) * torch.asarray(c)).sum().backward()
+    assert_close(leaf.grad.numpy(), expected)
+
+
+def test_no_hidden_float64():
+    import jax
+
+    shapes = (2, 9, 3), (2, 9, 1), (2, 9)
+    jaxpr = jax.make_jaxpr(everything)(*(JAX.asarray(np.ones(shape, np.float32)) for shape in shapes))
+    # Printed with all inner programs; a Python number is a weak 0-d float64 until it meets an array.
+    assert not re.findall(r"f64\[[^\]]+\]", str(jaxpr))
+    assert re.findall(r"f32\[[^\]]+\]", str(jaxpr))
+
+
+def every_function(batch: tuple[int, ...]) -> Any:
+    x, y, w = samples(*batch, 9, 4), samples(*batch, 9, 2), fractions_of(*batch, 9)
+
+    def run() -> None:
+        everything(x, y, w)
+        Moments.empty(4, like=x, batch_shape=batch).merge(Moments.from_samples(x)).discount(w[..., 0] * 0.1)
+
+    return run
+
+
+def test_calls_do_not_depend_on_the_batch(monkeypatch):
+    logs = [record(monkeypatch, every_function(batch)) for batch in ((1,), (7,), (2, 3), (0,))]
+    assert len(logs[0]) > 50
+    assert all(log == logs[0] for log in logs)
+
+
+def test_cupy_knows_every_call(monkeypatch):
+    pytest.importorskip("cupy")
+    import array_api_compat.cupy
+
+    complaints = {complaint(call, array_api_compat.cupy) for call in record(monkeypatch, every_function((2,)))}
+    assert complaints == {None}
+
+
+def test_large_samples_are_held_once():
+    x, w = samples(200_000, 8), fractions_of(200_000)
+    runs = {
+        "weighted": lambda: covariance(x, weights=w),
+        "ledoit_wolf": lambda: covariance(x, shrinkage="ledoit_wolf"),
+        "oas": lambda: covariance(x, shrinkage="oas"),
+        "moments": lambda: Moments.from_samples(x, weights=w),
+    }
+    for name, run in runs.items():
+        tracemalloc.start()
+        try:
+            run()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 1.5 * x.nbytes, name
+
+
+def test_wide_samples_need_no_square_of_samples_or_cube():
+    x = samples(500, 40)
+    tracemalloc.start()
+    try:
+        covariance(x, shrinkage="ledoit_wolf")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * x.nbytes  # 500 × 500 would be 12.5, 500 × 40 × 40 would be 40
+
+
+def test_a_single_thread_does_not_own_the_result():
+    from concurrent.futures import ThreadPoolExecutor
+
+    x = samples(16, 30, 4)
+    x[3, 0, 0] = np.inf
+    expected = covariance(x)
+    with ThreadPoolExecutor(4) as pool:
+        for actual in pool.map(lambda _: covariance(x), range(32)):
+            np.testing.assert_array_equal(actual, expected)
+
+
+def test_warnings_elsewhere_are_left_on():
+    covariance(np.asarray([[np.inf, 1.0], [-np.inf, 2.0]]))
+    with pytest.warns(RuntimeWarning, match="invalid"):
+        np.subtract(np.inf, np.inf)
+
+
+def test_a_single_member_on_every_jit_path():
+    """A trace in which weights are a constant still gives numbers."""
+    x, w = samples(6, 3), fractions_of(6)
+    constant = JAX.asarray(w)
+    actual = JAX_JIT.call(lambda a: covariance(a, weights=constant), JAX.asarray(x))
+    assert_close(np.asarray(actual), np.cov(x.T, aweights=w, ddof=0))

@@ -1,0 +1,226 @@
+"""What a user sees: the public names, their documentation, and what an import brings along."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import natgrad_array as ng
+
+OPTIONAL = (
+    "torch",
+    "jax",
+    "cupy",
+    "dask",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "typer",
+    "rich",
+    "array_api_strict",
+    "hypothesis",
+)
+
+
+def public_modules() -> list[ModuleType]:
+    """The package and the modules among its public names, and theirs."""
+    found, queue = [], [ng]
+    while queue:
+        module = queue.pop()
+        found.append(module)
+        queue += [value for name in module.__all__ if inspect.ismodule(value := getattr(module, name))]
+    return found
+
+
+def public_objects() -> dict[str, Any]:
+    """Public functions and classes by their path."""
+    return {
+        f"{module.__name__}.{name}": getattr(module, name)
+        for module in public_modules()
+        for name in module.__all__
+        if not inspect.ismodule(getattr(module, name))
+    }
+
+
+def public_methods() -> dict[str, Any]:
+    """Public methods of public classes by their path, properties and inherited ones left out."""
+    found = {}
+    for path, cls in public_objects().items():
+        if inspect.isclass(cls):
+            for name, member in vars(cls).items():
+                function = getattr(member, "__func__", member)
+                # A named tuple gets methods that are not of our making.
+                if (
+                    not name.startswith("_")
+                    and inspect.isfunction(function)
+                    and function.__module__.startswith("natgrad_array")
+                ):
+                    found[f"{path}.{name}"] = function
+    return found
+
+
+def every_module() -> list[str]:
+    return ["natgrad_array", *(module.name for module in pkgutil.walk_packages(ng.__path__, "natgrad_array."))]
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints; it has to end well."""
+    root = str(Path(ng.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("module", public_modules(), ids=lambda module: module.__name__)
+def test_all_is_what_is_public(module: ModuleType) -> None:
+    assert list(module.__all__) == sorted(module.__all__, key=str)
+    assert len(set(module.__all__)) == len(module.__all__)
+    visible = {name for name, value in vars(module).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert visible == {name for name in module.__all__ if not inspect.ismodule(getattr(module, name))}
+
+
+def test_modules_outside_all_are_rooms_of_the_package() -> None:
+    for module in public_modules():
+        for name, value in vars(module).items():
+            if inspect.ismodule(value) and not name.startswith("_"):
+                assert value.__name__ == f"{module.__name__}.{name}"
+
+
+def test_the_contract_of_public_names() -> None:
+    """The names that a user's code may rely on."""
+    assert {
+        "second_moment",
+        "covariance",
+        "Moments",
+        "pinvh",
+        "precondition",
+        "GaussianTask",
+        "deep_linear",
+        "verify",
+        "check_preconditioner",
+    } <= set(ng.__all__)
+    assert {
+        "end_to_end",
+        "loss",
+        "gradient",
+        "fisher",
+        "natural_gradient",
+        "end_to_end_velocity",
+        "exact_velocity",
+        "regime",
+    } <= set(ng.deep_linear.__all__)
+
+
+def test_signatures() -> None:
+    """Arrays by position, options by keyword."""
+    kinds = inspect.Parameter
+    for path, function in public_objects().items():
+        if inspect.isclass(function):
+            continue
+        for parameter in inspect.signature(function).parameters.values():
+            assert parameter.kind in (kinds.POSITIONAL_ONLY, kinds.KEYWORD_ONLY), f"{path}: {parameter}"
+    assert str(inspect.signature(ng.pinvh, eval_str=False)).startswith("(a: 'Array', /, *, rtol: ")
+
+
+def documented(text: str) -> set[str]:
+    """The names in the Parameters section of a docstring."""
+    section = text.partition("Parameters\n----------\n")[2]
+    section = re.split(r"\n\n\w[\w ]*\n-+\n", section)[0]
+    heads = [line for line in section.splitlines() if line and not line.startswith(" ")]
+    return {name.strip() for head in heads for name in head.partition(" : ")[0].split(",")}
+
+
+@pytest.mark.parametrize("path", public_objects())
+def test_docstrings(path: str) -> None:
+    thing = public_objects()[path]
+    text = inspect.getdoc(thing)
+    assert text
+    summary = text.splitlines()[0]
+    assert summary.endswith(".")
+    if inspect.isclass(thing):
+        sections = ("Parameters\n----------", "Attributes\n----------")
+        assert any(section in text for section in sections) or not inspect.signature(thing).parameters
+    else:
+        assert "Parameters\n----------" in text
+        assert "Returns\n-------" in text
+        assert "Examples\n--------" in text
+        assert documented(text) == set(inspect.signature(thing).parameters)
+
+
+@pytest.mark.parametrize("path", public_methods())
+def test_docstrings_of_methods(path: str) -> None:
+    method = public_methods()[path]
+    text = inspect.getdoc(method)
+    assert text
+    assert "Returns\n-------" in text
+    assert documented(text) == set(inspect.signature(method).parameters) - {"self", "cls"}
+
+
+@pytest.mark.parametrize("name", [name for name in every_module() if not name.startswith("natgrad_array.cli")])
+def test_doctests(name: str) -> None:
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    with np.printoptions():
+        results = doctest.testmod(importlib.import_module(name), optionflags=flags)
+    assert results.failed == 0
+
+
+def test_every_module_says_what_it_is() -> None:
+    for name in every_module():
+        assert importlib.import_module(name).__doc__, name
+
+
+def test_import_loads_no_other_library() -> None:
+    code = f"import sys, natgrad_array; print([m for m in {OPTIONAL!r} if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_runs_without_any_other_library() -> None:
+    """On a machine where nothing but the run-time dependencies is installed."""
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import numpy as np
+import natgrad_array as ng
+assert np.allclose(ng.pinvh(np.diag([2.0, 0.0])), np.diag([0.5, 0.0]))
+x = np.random.default_rng(0).standard_normal((50, 3))
+task = ng.GaussianTask.from_samples(x, x[:, :2] @ np.ones((2, 2)))
+weights = ng.deep_linear.gaussian(0, (3, 4, 2), like=x)
+for inverse in ("layerwise", "exact", "moore_penrose", "block_diagonal"):
+    steps = ng.deep_linear.natural_gradient(weights, task, inverse=inverse)
+    assert [step.shape for step in steps] == [(4, 3), (2, 4)]
+assert bool(ng.verify(weights, task).holds)
+try:
+    ng.pinvh([[1.0]])
+except TypeError as error:
+    print("refused:", str(error).split(",")[0])
+"""
+    assert run_python(code) == "refused: a must be an array (NumPy"
+
+
+@pytest.mark.parametrize("library", OPTIONAL)
+def test_a_blocked_library_is_no_hindrance(library: str) -> None:
+    """Some tools block an import by a None among the modules."""
+    code = f"import sys; sys.modules[{library!r}] = None\nimport numpy as np, natgrad_array as ng\n"
+    assert run_python(code + "print(ng.pinvh(np.diag([2.0, 0.0])).tolist())") == "[[0.5, 0.0], [0.0, 0.0]]"
+
+
+def test_the_package_is_typed() -> None:
+    assert (Path(ng.__file__).parent / "py.typed").is_file()

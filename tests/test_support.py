@@ -1,0 +1,151 @@
+"""The declaration of what works on which library is true.
+
+The rooms' own tests run on the libraries that all rows name. Here every row is called
+inside `jax.jit` and on Dask where it says that it can be.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from backends import DASK, JAX_JIT, NUMPY
+
+import natgrad_array as ng
+from natgrad_array import _support
+
+RNG = np.random.default_rng(3)
+X, Y = RNG.standard_normal((2, 20, 4)), RNG.standard_normal((2, 20, 3))
+MOMENT, NOISE = X.mT @ X / 20, np.eye(3) + 0.1
+WEIGHTS = (RNG.standard_normal((2, 5, 4)), RNG.standard_normal((2, 3, 5)))
+TANGENT = tuple(RNG.standard_normal(w.shape) for w in WEIGHTS)
+MODES = np.asarray([0.2, 0.5])
+
+
+def on_network(function, **options):
+    """Call a function of weights and task, with the task made inside."""
+
+    def call(w1, w2, x, y):
+        return function((w1, w2), ng.GaussianTask.from_samples(x, y), **options)
+
+    return call, (*WEIGHTS, X, Y)
+
+
+def on_fisher(fisher):
+    def call(w1, w2, x, y, d1, d2):
+        f = fisher((w1, w2), ng.GaussianTask.from_samples(x, y))
+        return (
+            f.matvec((d1, d2)),
+            f.to_dense(),
+            f.block(0, 1),
+            f.rank(),
+            f.spectrum()[..., :-1],
+            f.precondition((d1, d2)),
+        )
+
+    return call, (*WEIGHTS, X, Y, *TANGENT)
+
+
+def on_draw(function):
+    """Shapes alone can agree between sources of randomness; a seed is not one inside jit."""
+
+    def call(x):
+        rng = 0
+        if type(x).__module__.startswith("jax"):
+            import jax
+
+            rng = jax.random.key(0)
+        return tuple(0.0 * w for w in function(rng, (4, 5, 3), (2,), like=x))
+
+    return call, (X,)
+
+
+def on_moments(x, y):
+    moments = ng.Moments.from_samples(x).merge(ng.Moments.from_samples(y)).discount(0.5)
+    return moments.mean, moments.second_moment(), moments.covariance(correction=1)
+
+
+def check_layerwise(w1, w2, x, y):
+    task = ng.GaussianTask.from_samples(x, y)
+    fisher = ng.deep_linear.fisher((w1, w2), task)
+    report = ng.check_preconditioner(fisher.precondition, (w1, w2), task)
+    return report.residual, report.cosine, report.length
+
+
+dl = ng.deep_linear
+CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "second_moment": (ng.second_moment, (X, Y)),
+    "covariance": (lambda x: (ng.covariance(x, correction=1), ng.covariance(x, shrinkage="oas")), (X,)),
+    "Moments": (on_moments, (X, X[:, 3:])),
+    "pinvh": (ng.pinvh, (MOMENT,)),
+    "precondition": (
+        lambda g, a, b: ng.precondition(g, a, b, damping=0.1),
+        (Y[:, :3, :].mT @ X[:, :3, :], NOISE, MOMENT),
+    ),
+    "GaussianTask": (lambda x, y: ng.GaussianTask.from_samples(x, y).optimum(), (X, Y)),
+    "check_preconditioner": (check_layerwise, (*WEIGHTS, X, Y)),
+    "deep_linear.gaussian": on_draw(dl.gaussian),
+    "deep_linear.small": on_draw(dl.small),
+    "deep_linear.orthogonal": on_draw(dl.orthogonal),
+    "deep_linear.balanced": on_draw(dl.balanced),
+    "deep_linear.regime": (lambda *weights: dl.regime(weights), WEIGHTS),
+    "deep_linear.end_to_end": (lambda *weights: dl.end_to_end(weights), WEIGHTS),
+    "deep_linear.end_to_end_velocity": (lambda a, b, c, d: dl.end_to_end_velocity((a, b), (c, d)), WEIGHTS + TANGENT),
+    "deep_linear.end_to_end_kernel": (lambda *weights: dl.end_to_end_kernel(weights), WEIGHTS),
+    "deep_linear.balancedness": (lambda *weights: dl.balancedness(weights), WEIGHTS),
+    "deep_linear.loss": on_network(dl.loss),
+    "deep_linear.excess_loss": on_network(dl.excess_loss),
+    "deep_linear.gradient": on_network(dl.gradient),
+    "deep_linear.fisher": on_fisher(dl.fisher),
+    "deep_linear.DeepLinearFisher": on_fisher(dl.DeepLinearFisher),
+    "deep_linear.natural_gradient": on_network(
+        lambda weights, task: tuple(
+            dl.natural_gradient(weights, task, inverse=inverse)
+            for inverse in ("layerwise", "exact", "moore_penrose", "block_diagonal")
+        )
+    ),
+    "deep_linear.exact_velocity": on_network(dl.exact_velocity),
+    "deep_linear.projections": on_network(dl.projections),
+    "deep_linear.natural_gradient_flow": (
+        lambda w, x, y: dl.natural_gradient_flow(w, ng.GaussianTask.from_samples(x, y), 0.5),
+        (WEIGHTS[1] @ WEIGHTS[0], X, Y),
+    ),
+    "deep_linear.natural_gradient_flow_modes": (
+        lambda a, s: dl.natural_gradient_flow_modes(a, s, 0.5),
+        (MODES, 2 * MODES),
+    ),
+    "deep_linear.gradient_flow_modes": (lambda a, s: dl.gradient_flow_modes(a, s, 0.5, depth=3), (MODES, 2 * MODES)),
+    "deep_linear.euler_decay_rate": (dl.euler_decay_rate, (MODES,)),
+}
+ROWS = {row.name: row for row in _support.SUPPORT}
+
+
+def flatten(value):
+    return [leaf for item in value for leaf in flatten(item)] if isinstance(value, tuple | list) else [value]
+
+
+def compare(name, backend):
+    call, arrays = CALLS[name]
+    expected = flatten(call(*arrays))
+    actual = flatten(backend.call(call, *(backend.asarray(array) for array in arrays)))
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        if isinstance(e, str):
+            assert a == e
+        elif isinstance(a, np.ndarray):  # what lives on the host
+            np.testing.assert_allclose(a, e, atol=1e-10)
+        else:
+            np.testing.assert_allclose(backend.to_numpy(a), NUMPY.to_numpy(e), atol=1e-10)
+
+
+def test_every_row_is_called():
+    assert set(CALLS) == {name for name, row in ROWS.items() if row.jit or "dask" in row.libraries}
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if ROWS[name].jit])
+def test_jit(name):
+    compare(name, JAX_JIT)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "dask" in ROWS[name].libraries])
+def test_dask(name):
+    compare(name, DASK)
