@@ -21,6 +21,9 @@ Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
 
+quiet = np.errstate(invalid="ignore", over="ignore")
+"""A decorator: an Inf comes out as a NaN or an Inf of its own member; NumPy alone would also warn."""
+
 
 # ------------------------------------------------------------------ what came, in words
 

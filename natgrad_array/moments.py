@@ -9,21 +9,16 @@ import operator
 from numbers import Real
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array, Namespace, Shape
 
 SHRINKAGES = ("ledoit_wolf", "oas")
 
-# An Inf comes out as a NaN or an Inf of its own member; NumPy alone would also warn.
-_quiet = np.errstate(invalid="ignore", over="ignore")
-
 
 # ------------------------------------------------------------------------------ the door
 
 
-@_quiet
+@_arrays.quiet
 def second_moment(x: Array, y: Array | None = None, /, *, weights: Array | None = None) -> Array:
     r"""Mean of x yᵀ over samples, about zero: nothing is centred.
 
@@ -104,7 +99,7 @@ def second_moment(x: Array, y: Array | None = None, /, *, weights: Array | None 
     return xp.matrix_transpose(x) @ (y * fractions[..., None])
 
 
-@_quiet
+@_arrays.quiet
 def covariance(
     x: Array,
     /,
@@ -263,7 +258,7 @@ class Moments(NamedTuple):
     scatter: Array
 
     @classmethod
-    @_quiet
+    @_arrays.quiet
     def from_samples(cls, x: Array, /, *, weights: Array | None = None) -> Moments:
         """Moments of one piece.
 
@@ -346,7 +341,7 @@ class Moments(NamedTuple):
         shapes = (batch, batch, (*batch, p), (*batch, p, p))
         return cls(*(xp.zeros(shape, dtype=scalar.dtype, device=device) for shape in shapes))
 
-    @_quiet
+    @_arrays.quiet
     def merge(self, other: Moments, /) -> Moments:
         """Moments of the samples of both.
 
@@ -427,7 +422,7 @@ class Moments(NamedTuple):
             self.scatter * matrix_factor,
         )
 
-    @_quiet
+    @_arrays.quiet
     def second_moment(self) -> Array:
         """Mean of x xᵀ, about zero.
 
@@ -440,7 +435,7 @@ class Moments(NamedTuple):
         weight = xp.where(self.weight > 0.0, self.weight, xp.nan)
         return self.scatter / weight[..., None, None] + self.mean[..., :, None] * self.mean[..., None, :]
 
-    @_quiet
+    @_arrays.quiet
     def covariance(self, *, correction: float = 0) -> Array:
         r"""Covariance matrix.
 

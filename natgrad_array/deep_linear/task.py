@@ -262,6 +262,8 @@ class GaussianTask:
             input_moment = _arrays.eye(xp, right.shape[-2], right)
         if noise_covariance is None:
             noise_covariance = _arrays.eye(xp, left.shape[-2], left)
+        _arrays.check_core("input_moment", input_moment, (right.shape[-2],) * 2, "to match the rows of right")
+        _arrays.check_core("noise_covariance", noise_covariance, (left.shape[-2],) * 2, "to match the rows of left")
         teacher = (left * singular_values[..., None, :]) @ right.mT
         cross = teacher @ input_moment
         signal = linalg.symmetric_part(cross @ teacher.mT)
@@ -347,6 +349,9 @@ class GaussianTask:
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"GaussianTask is immutable: {name} cannot be set")
 
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"GaussianTask is immutable: {name} cannot be deleted")
+
     def _flatten(self) -> tuple[tuple[Any, ...], None]:
         return (*(getattr(self, name) for name in _MOMENTS), self.factors), None
 
@@ -401,6 +406,7 @@ def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Arra
     n_in = power.shape[-1]
     negative = power[..., 0] < -100 * n_in * precision * xp.max(xp.abs(power), axis=-1)
     reject("input_moment", negative, "be positive semidefinite, got a negative eigenvalue")
+    power = xp.where(xp.isnan(moments["input_moment"][..., :1, 0]), xp.nan, power)
     kept = kept & (power > 0.0)
     if not lazy:
         rank = _largest_rank(xp, kept)
