@@ -217,7 +217,6 @@ def test_unbalanced_layers_take_more_rounds_and_get_there():
     task = ng.GaussianTask(*problem.moments)
     found = dl.natural_gradient(problem.weights, task, inverse="moore_penrose")
     assert relative(stack(found), stack(problem.direction("moore_penrose"))) <= 1e-10
-    assert NUMPY.float64
 
 
 def test_a_dense_root_that_would_not_fit():

