@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of what JAX does in these tests: what is compiled runs once.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest
@@ -11,8 +13,6 @@ from backends import BACKENDS, Backend, clear_compiled
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_enable_x64", True)
-# Compiling is most of what the tests under `jax.jit` do; what is compiled runs once.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # The same examples on every run; `--hypothesis-profile=explore` looks for new ones.
 _checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]

@@ -287,7 +287,7 @@ def test_interruption_before_anything(monkeypatch: pytest.MonkeyPatch, npz: Path
 
 @pytest.mark.parametrize(
     ("backend", "sizes"),
-    [*((backend, "6,7,8,5") for backend in BACKENDS), ("numpy", "5,3,4"), ("numpy", "5,2,4")],
+    [("numpy", "6,7,8,5"), ("numpy", "5,3,4"), ("numpy", "5,2,4"), *((name, "3,3,3") for name in BACKENDS[1:])],
 )
 def test_verify(backend: str, sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--backend", backend, "--sizes", sizes, "--members", "2"]) == 0

@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 from backends import DASK, JAX, NUMPY, Backend
@@ -26,10 +27,15 @@ def tolerance(backend: Backend, dtype: str) -> float:
 
 
 def integrate(slope: Any, start: np.ndarray, times: np.ndarray, rtol: float = 1e-12) -> np.ndarray:
-    """States at the given times (rows), by an adaptive Runge–Kutta rule of order eight."""
-    solution = solve_ivp(lambda _, y: slope(y), (0.0, float(times[-1])), start, "DOP853", times, rtol=rtol, atol=1e-14)
-    assert solution.success
-    return solution.y.T
+    """States at the given times (rows), by an adaptive Runge–Kutta rule of order eight that stops at each."""
+    states, now = [], 0.0
+    for time in times:
+        if time > now:
+            solution = solve_ivp(lambda _, y: slope(y), (now, float(time)), start, "DOP853", rtol=rtol, atol=1e-14)
+            assert solution.success
+            start, now = solution.y[:, -1], float(time)
+        states.append(start)
+    return np.asarray(states)
 
 
 # --------------------------------------------------------------------------------- modes
@@ -46,28 +52,44 @@ def integrated_modes(depth: int) -> np.ndarray:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_gradient_flow_modes_solve_their_equation(backend, dtype, depth):
-    if backend.name == "jax" and depth not in (2, 5):
-        depth = 5
     arrays = (STARTS[:, None], TARGETS, TIMES[:, None, None])
     initial, target, time = backend.asarrays(*(a.astype(dtype) for a in arrays))
     found = backend.call(functools.partial(dl.gradient_flow_modes, depth=depth), initial, target, time)
     backend.check(found, initial)
-    tol = 1e-9 if tolerance(backend, dtype) < 1e-9 else 1e-4
+    tol = 1e-9 if tolerance(backend, dtype) < 1e-9 else 1e-3
     np.testing.assert_allclose(backend.to_numpy(found), integrated_modes(depth), rtol=tol, atol=tol * 1e-3)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_gradient_flow_modes_start_rest_and_arrive(depth):
-    start = np.asarray([0.0, 1e-30, 1e-9, 0.2, 1.0, 7.0])
-    target = np.asarray([0.5, 2.0, 1.0, 1.0, 1.0, 0.3])
-    np.testing.assert_allclose(dl.gradient_flow_modes(start, target, 0.0, depth=depth), start, rtol=1e-14)
+def test_gradient_flow_modes_start_rest_and_arrive(dtype, depth):
+    tol = 1e-12 if dtype == "float64" else 1e-5
+    start = np.asarray([0.0, 1e-30, 1e-9, 0.2, 1.0, 7.0], dtype)
+    target = np.asarray([0.5, 2.0, 1.0, 1.0, 1.0, 0.3], dtype)
+    np.testing.assert_allclose(dl.gradient_flow_modes(start, target, 0.0, depth=depth), start, rtol=tol)
     rest = dl.gradient_flow_modes(target, target, 3.0, depth=depth)
-    np.testing.assert_allclose(rest, target, rtol=1e-14)
+    np.testing.assert_allclose(rest, target, rtol=tol)
     late = dl.gradient_flow_modes(start[3:], target[3:], 1e4, depth=depth)
-    np.testing.assert_allclose(late, target[3:], rtol=1e-14)
+    np.testing.assert_allclose(late, target[3:], rtol=tol)
+    np.testing.assert_allclose(dl.gradient_flow_modes(start[3:], target[3:], math.inf, depth=depth), target[3:], rtol=tol)
     if depth > 1:
-        origin = np.zeros(3)
-        np.testing.assert_array_equal(dl.gradient_flow_modes(origin, np.asarray([0.0, 1.0, 9.0]), 5.0, depth=depth), origin)
+        origin = np.zeros(3, dtype)
+        for time in (0.0, 5.0, 1e4):
+            still = dl.gradient_flow_modes(origin, np.asarray([0.0, 1.0, 9.0], dtype), time, depth=depth)
+            np.testing.assert_array_equal(still, origin)
+
+
+@pytest.mark.parametrize("start", [1e-6, 1e-3, 10.0, 1e3, 1e6])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_time_to_reach_a_mode(depth, start):
+    """Backwards from a quadrature in many digits, from starts far below and far above the target."""
+    exponent = 2 - mpmath.mpf(2) / depth
+    for reached in (0.5, 0.99) if start < 1.0 else (0.9 * start, 3.0, 1.01):
+        corners = [start, *(mpmath.mpf(start) ** (1 - k) * mpmath.mpf(reached) ** k for k in (0.25, 0.5, 0.75)), reached]
+        time = mpmath.quad(lambda a: 1 / (depth * a**exponent * (1 - a)), corners)
+        found = dl.gradient_flow_modes(np.asarray(start), np.asarray(1.0), float(time), depth=depth)
+        assert abs(float(found) / reached - 1.0) <= 1e-9
+    now = dl.gradient_flow_modes(np.asarray(start), np.asarray(1.0), 0.0, depth=depth)
+    assert abs(float(now) / start - 1.0) <= 1e-9
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -143,7 +165,7 @@ def test_modes_learn_at_one_rate_under_natural_gradient_only():
         natural = (target - dl.natural_gradient_flow_modes(start, target, time)) / (target - start)
         np.testing.assert_allclose(natural, math.exp(-time), rtol=1e-12)
         standard = (target - dl.gradient_flow_modes(start, target, time, depth=3)) / (target - start)
-        assert np.ptp(standard) > 0.01
+        assert np.ptp(standard) > 0.001
 
 
 # ---------------------------------------------------------------------- layers that move

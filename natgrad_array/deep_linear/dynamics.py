@@ -153,7 +153,8 @@ def gradient_flow_modes(initial: Array, target: Array, time: float | Array, /, *
     faded = a / (1.0 + power * depth * time * a**power) ** (1.0 / power)
     if depth == 2:
         rest = xp.exp(-2.0 * s * time)
-        grown = a / (rest + a * (1.0 - rest) / s)
+        # Nothing grows from zero, not even when the exponential underflows.
+        grown = a / xp.where((a == 0.0) & (rest == 0.0), 1.0, rest + a * (1.0 - rest) / s)
     else:
         grown = s * _invert_time(xp, (a / s) ** (1.0 / depth), s**power * time, depth) ** depth
     return xp.where(learned, grown, faded)
@@ -229,7 +230,7 @@ def _invert_time(xp: Namespace, start: Array, elapsed: Array, depth: int) -> Arr
     near, far, _ = _arrays.while_loop(unfinished, halve, (first, xp.zeros_like(first), rounds))
     x = xp.exp(0.5 * (near + far))
     x = xp.where(rising | (first > 0.0), x, 1.0)
-    return xp.where(xp.isnan(start), xp.nan, xp.where(alive, x, 0.0))
+    return xp.where(xp.isnan(start + elapsed), xp.nan, xp.where(alive, x, 0.0))
 
 
 def _time_to_reach(xp: Namespace, log_x: Array, depth: int) -> Array:
