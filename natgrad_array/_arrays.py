@@ -292,22 +292,21 @@ def eager_any(xp: Namespace, flags: Array) -> bool | None:
 
 
 def cholesky(xp: Namespace, a: Array) -> Array:
-    """Lower Cholesky factors; NaN, or garbage on CuPy, in members that have none.
+    """Lower Cholesky factors of finite matrices, NaN in members that have none; garbage there on CuPy.
 
-    Libraries that raise for a whole stack do not say which member failed, so the stack
-    is halved until every failure is alone.
+    NumPy's public function raises for a whole stack and does not say which member failed;
+    the generalised ufunc behind it writes NaN into that member, and runs in float32 where
+    the public one converts. Without it the stack is halved until every failure is alone.
     """
-    finite = finite_members(xp, a)
-    safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
     if compat.is_torch_array(a):
-        factor, failed = sys.modules["torch"].linalg.cholesky_ex(safe)
-        finite = finite & (failed == 0)[..., None, None]
-    elif compat.is_jax_array(a) or compat.is_cupy_array(a):
-        factor = xp.linalg.cholesky(safe)
-    else:
-        flat = _cholesky_by_halving(xp, xp.reshape(safe, (-1, *a.shape[-2:]))) if a.size else safe
-        factor = xp.reshape(flat, a.shape)
-    return xp.where(finite, factor, xp.nan)
+        factor, failed = sys.modules["torch"].linalg.cholesky_ex(a)
+        return xp.where((failed == 0)[..., None, None], factor, xp.nan)
+    if compat.is_jax_array(a) or compat.is_cupy_array(a):
+        return xp.linalg.cholesky(a)
+    if compat.is_numpy_array(a) and (kernel := _numpy_kernel("cholesky_lo")) is not None:
+        return kernel(a)
+    flat = xp.reshape(a, (-1, *a.shape[-2:]))
+    return xp.reshape(_cholesky_by_halving(xp, flat), a.shape) if flat.shape[0] else a
 
 
 def _cholesky_by_halving(xp: Namespace, a: Array) -> Array:
@@ -317,9 +316,127 @@ def _cholesky_by_halving(xp: Namespace, a: Array) -> Array:
         count = a.shape[0]
         if count == 1:
             return xp.full_like(a, xp.nan)
-        return xp.concat(
-            [_cholesky_by_halving(xp, a[: count // 2, ...]), _cholesky_by_halving(xp, a[count // 2 :, ...])]
-        )
+        return xp.concat([_cholesky_by_halving(xp, a[: count // 2]), _cholesky_by_halving(xp, a[count // 2 :])])
+
+
+def _numpy_kernel(name: str) -> Callable[[Array], Array] | None:
+    kernel = getattr(getattr(np.linalg, "_umath_linalg", None), name, None)
+    if kernel is None:
+        return None
+
+    def call(a: Array) -> Array:
+        with np.errstate(all="ignore"):
+            return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
+
+    return call
+
+
+def inverse_of_small(a: Array) -> Array | None:
+    """Inverses of small matrices by LU where that beats a Cholesky factor and its inverse, else None."""
+    if compat.is_numpy_array(a) and a.shape[-1] < SMALL and (kernel := _numpy_kernel("inv")) is not None:
+        return kernel(a)
+    return None
+
+
+SMALL = 32
+"""Below this size calls to LAPACK cost more than their arithmetic: one call beats several products."""
+
+
+def inverse_of_factored(xp: Namespace, factor: Array) -> Array | None:
+    """Inverses of matrices with given lower Cholesky factors by the library's own means, else None."""
+    if compat.is_torch_array(factor):
+        return sys.modules["torch"].cholesky_inverse(factor)
+    if compat.is_jax_array(factor):
+        identity = xp.broadcast_to(eye(xp, factor.shape[-1], factor), factor.shape)
+        half = sys.modules["jax"].lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+        return half.mT @ half
+    if compat.is_numpy_array(factor):
+        half = _inverse_lower_in_place(factor)
+        return half.mT @ half
+    return None
+
+
+def _inverse_lower_in_place(lower: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`linalg.inverse_lower` on NumPy: the same rounds, written through views of one array."""
+    n = lower.shape[-1]
+    flat = np.ascontiguousarray(lower).reshape(-1, n, n)
+    inverse = np.zeros_like(flat)
+    index = np.arange(n)
+    with np.errstate(all="ignore"):
+        inverse[:, index, index] = 1.0 / flat[:, index, index]
+        size = 1
+        while size < n:
+            whole = n // (2 * size)
+            if whole:
+                top, bottom = _blocks(inverse, 0, 0, size, whole), _blocks(inverse, size, size, size, whole)
+                corner = _blocks(flat, size, 0, size, whole)
+                product = corner * top if size == 1 else corner @ top
+                product = bottom * product if size == 1 else bottom @ product
+                np.negative(product, out=_blocks(inverse, size, 0, size, whole))
+            start = 2 * size * whole
+            if n - start > size:
+                top = inverse[:, start : start + size, start : start + size]
+                bottom = inverse[:, start + size :, start + size :]
+                corner = flat[:, start + size :, start : start + size]
+                inverse[:, start + size :, start : start + size] = -(bottom @ (corner @ top))
+            size *= 2
+    return inverse.reshape(lower.shape)
+
+
+def _blocks(a: np.ndarray[Any, Any], row: int, column: int, size: int, count: int) -> np.ndarray[Any, Any]:
+    """A view of the blocks at (row, column) in each of `count` diagonal tiles of twice the size."""
+    member, down, right = a.strides
+    return np.lib.stride_tricks.as_strided(
+        a[:, row:, column:],
+        (a.shape[0], count, size, size),
+        (member, 2 * size * (down + right), down, right),
+    )
+
+
+def repair(
+    xp: Namespace, flags: Array, values: Array, arguments: tuple[Any, ...], slow: Callable[..., Array]
+) -> Array:
+    """Give the flagged members of a stack of matrices the result of a slower function.
+
+    Parameters
+    ----------
+    flags : array of bool, shape (*batch,)
+        Members whose `values` are not to be used.
+    values : array, shape (*batch, m, n)
+        Results of the fast way; may be overwritten.
+    arguments : tuple
+        Arguments of `slow`: arrays of the batch shape and with core axes, or anything else.
+    slow : callable
+        Takes stacks with one batch axis (the flagged members) and returns one.
+
+    Notes
+    -----
+    On eager arrays one scalar, the number of flagged members, is brought to the host, and
+    only they are computed again. A JAX trace has one conditional for the whole stack.
+    """
+    if is_lazy(flags):
+        if compat.is_jax_array(flags):
+            def replace(_: None) -> Array:
+                return xp.where(flags[..., None, None], slow(*arguments), values)
+
+            return sys.modules["jax"].lax.cond(xp.any(flags), replace, lambda _: values, None)
+        return xp.where(flags[..., None, None], slow(*arguments), values)
+    if not bool(xp.any(flags)):
+        return values
+    if flags.ndim == 0 or bool(xp.all(flags)):
+        return slow(*arguments)
+    batch = tuple(flags.shape)
+    chosen = xp.nonzero(xp.reshape(flags, (-1,)))[0]
+
+    def take(argument: Any) -> Any:
+        if not compat.is_array_api_obj(argument):
+            return argument
+        core = tuple(argument.shape[len(batch) :])
+        return xp.take(xp.reshape(argument, (-1, *core)), chosen, axis=0)
+
+    flat = xp.reshape(values, (-1, *values.shape[-2:]))
+    flat = xpx.at(flat)[chosen, ...].set(slow(*map(take, arguments)))
+    return xp.reshape(flat, values.shape)
 
 
 def while_loop(

@@ -6,6 +6,7 @@ bodies that the rooms above call with arrays that have been checked already.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from natgrad_array import _arrays
@@ -168,9 +169,10 @@ def precondition(
 
 
 def symmetric_part(a: Array) -> Array:
-    """(a + aᵀ) / 2, halved first so that large entries do not overflow."""
-    half = 0.5 * a
-    return half + half.mT
+    """(a + aᵀ) / 2, with one new array where the library can work in place."""
+    total = a + a.mT
+    total *= 0.5
+    return total
 
 
 def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
@@ -223,60 +225,116 @@ def reciprocal(xp: Namespace, x: Array, kept: Array) -> Array:
 
 def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: str) -> Array:
     """`pinvh` behind the door: `a` floating and square, `rtol` and `method` checked."""
-    a = symmetric_part(_arrays.nan_unless_finite(xp, a))
+    a = symmetric_part(a)
+    if method == "eigh" or a.shape[-1] == 0:
+        return _pinvh_eigh(xp, a, rtol)
+    if method == "auto" and _looks_singular(xp, a, rtol):
+        return _pinvh_eigh(xp, a, rtol)
+    inverse, certified = _certified_inverse(xp, a, rtol)
     if method == "cholesky":
-        return _pinvh_cholesky(xp, a, rtol)
+        return xp.where(certified[..., None, None], inverse, xp.nan)
+    if rtol is not None and not isinstance(rtol, float):
+        rtol = rtol + 0.0 * inverse[..., 0, 0]
+    return _arrays.repair(xp, ~certified, inverse, (a, rtol), lambda a, rtol: _pinvh_eigh(xp, a, rtol))
+
+
+def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
     values, vectors, kept = eigh_kept(xp, a, rtol)
     return symmetric_part((vectors * reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT)
 
 
-def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
-    """Inverses through Cholesky factors, NaN where full rank is not certified.
+PROBES = 2
+
+
+def _looks_singular(xp: Namespace, a: Array, rtol: float | Array | None) -> bool:
+    """Whether a few members of a stack all miss the certificate: then the rest is not tried.
+
+    Reads one scalar on eager arrays. It decides which of two ways is taken, not what comes out.
+    """
+    if _arrays.is_lazy(a) or a.ndim != 3 or a.shape[0] < 8 * PROBES or not (rtol is None or isinstance(rtol, float)):
+        return False
+    _, certified = _certified_inverse(xp, a[:: a.shape[0] // PROBES, :, :], rtol)
+    return not _arrays.eager_any(xp, certified)
+
+
+def _certified_inverse(xp: Namespace, a: Array, rtol: float | Array | None) -> tuple[Array, Array]:
+    """Inverses, and for which members they are proved to be the pseudo-inverse.
 
     A factorisation that succeeds proves nothing about rank, but the inverse it gives
     does: λ_max ≤ ‖A‖ and λ_min ≥ 1/‖A⁻¹‖, so ‖A‖·‖A⁻¹‖ < 1/rtol puts every eigenvalue
-    above the cut-off. That holds only if the factor is one of A, which is asked too:
-    some libraries return finite garbage for an indefinite matrix.
+    above the cut-off. The margin of 4 is for rounding: an inverse of a matrix closer to
+    singular than n·eps is not one, but its norm shows that. Members that are not finite,
+    or whose squares leave the range of the dtype, are not certified.
     """
     n = a.shape[-1]
-    if n == 0:
-        return a
     precision = n * _arrays.eps(xp, a)
-    factor = _arrays.cholesky(xp, a)
-    half = inverse_lower(xp, factor)
-    inverse = half.mT @ half
-    norm, inverse_norm = spectral_bound(xp, a), spectral_bound(xp, inverse)
-    misfit = spectral_bound(xp, factor @ factor.mT - a)
+    inverse = _arrays.inverse_of_small(a)
+    if inverse is None:
+        factor = _arrays.cholesky(xp, a)
+        inverse = _arrays.inverse_of_factored(xp, factor)
+        if inverse is None:
+            half = inverse_lower(xp, factor)
+            inverse = half.mT @ half
+        # Some libraries leave finite garbage where a factorisation broke off, and its norms
+        # may pass: a factor of the matrix has its diagonal.
+        rows, diagonal = xp.linalg.vecdot(factor, factor), xp.linalg.diagonal(a)
+        trusted = xp.all(xp.abs(rows - diagonal) <= 8 * precision * xp.abs(diagonal), axis=-1)
+    else:
+        inverse = symmetric_part(inverse)
+        trusted = True
     cutoff = rank_cutoff(xp, a, rtol)
-    cutoff = cutoff if isinstance(cutoff, float) else cutoff[..., 0]
-    certified = (misfit <= 8 * precision * norm) & (norm * inverse_norm * (cutoff + precision) < 1.0)
-    return xp.where(certified[..., None, None], inverse, xp.nan)
+    cutoff = max(cutoff, precision) if isinstance(cutoff, float) else cutoff[..., 0] + precision
+    bound = _frobenius(xp, a) * _frobenius(xp, inverse)
+    return inverse, trusted & (bound * (4.0 * cutoff) < 1.0) & (bound > 0.0)
 
 
-def spectral_bound(xp: Namespace, a: Array) -> Array:
-    """The smaller of two upper bounds on ‖a‖₂ of symmetric matrices: Frobenius, largest row sum."""
-    scale = xp.max(xp.abs(a), axis=(-2, -1))
-    unit = a / xp.where(scale > 0.0, scale, 1.0)[..., None, None]
-    frobenius = xp.sqrt(xp.sum(unit * unit, axis=(-2, -1)))
-    return scale * xp.minimum(frobenius, xp.max(xp.sum(xp.abs(unit), axis=-1), axis=-1))
+def _frobenius(xp: Namespace, a: Array) -> Array:
+    """Frobenius norm of each member, an upper bound on its largest eigenvalue."""
+    flat = xp.reshape(a, (*a.shape[:-2], a.shape[-2] * a.shape[-1]))
+    return xp.sqrt(xp.linalg.vecdot(flat, flat))
 
 
 def inverse_lower(xp: Namespace, lower: Array) -> Array:
     """Inverses of lower triangular matrices by doubling, at matrix-product speed.
 
     Once the diagonal blocks of size s are inverted, [[A, 0], [C, B]]⁻¹ has −B⁻¹ C A⁻¹ in
-    its corner, which gives all diagonal blocks of size 2s at once.
+    its corner, which gives all diagonal blocks of size 2s at once: log₂ n rounds.
     """
     n = lower.shape[-1]
-    index = xp.arange(n, device=_arrays.device(lower))
-    inverse = reciprocal(xp, lower, index[:, None] == index)
-    size = 1
-    while size < n:
-        block = index // size
-        corner = (block[:, None] == block + 1) & (block[:, None] % 2 == 1)
-        inverse = inverse - inverse @ xp.where(corner, lower, 0.0) @ inverse
-        size *= 2
-    return inverse
+    rounds = max(0, math.ceil(math.log2(n))) if n else 0
+    size = -(-n // 2**rounds)
+    padded = _pad_identity(xp, lower, size * 2**rounds)
+    blocks = _diagonal_blocks(xp, padded, 1)
+    blocks = reciprocal(xp, blocks, blocks == blocks)
+    for k in range(rounds):
+        pairs = xp.reshape(blocks, (*blocks.shape[:-3], -1, 2, *blocks.shape[-2:]))
+        top, bottom = pairs[..., 0, :, :], pairs[..., 1, :, :]
+        s = 2**k
+        corner = -(bottom @ (_diagonal_blocks(xp, padded, 2 * s)[..., s:, :s] @ top))
+        upper = xp.concat([top, xp.zeros_like(top)], axis=-1)
+        blocks = xp.concat([upper, xp.concat([corner, bottom], axis=-1)], axis=-2)
+    return blocks[..., 0, :n, :n]
+
+
+def _pad_identity(xp: Namespace, a: Array, n: int) -> Array:
+    """Extend lower triangular matrices to size n by an identity."""
+    missing = n - a.shape[-1]
+    if not missing:
+        return a
+    batch, size = tuple(a.shape[:-2]), a.shape[-1]
+    corner = xp.broadcast_to(_arrays.eye(xp, missing, a), (*batch, missing, missing))
+    zeros = xp.zeros((*batch, size, missing), dtype=a.dtype, device=_arrays.device(a))
+    left = xp.concat([a, xp.matrix_transpose(zeros)], axis=-2)
+    return xp.concat([left, xp.concat([zeros, corner], axis=-2)], axis=-1)
+
+
+def _diagonal_blocks(xp: Namespace, a: Array, size: int) -> Array:
+    """The blocks along the diagonal: (*batch, n, n) to (*batch, n/size, size, size)."""
+    count, batch = a.shape[-1] // size, tuple(a.shape[:-2])
+    d = len(batch)
+    tiles = xp.reshape(a, (*batch, count, size, count, size))
+    tiles = xp.permute_dims(tiles, (*range(d), d + 1, d + 3, d, d + 2))
+    return xp.permute_dims(xp.linalg.diagonal(tiles), (*range(d), d + 2, d, d + 1))
 
 
 def dual(xp: Namespace, x: Array, rank: int, rtol: float | Array, method: str = "auto") -> Array:
