@@ -43,20 +43,17 @@ def describe(value: object) -> str:
 # --------------------------------------------------------------------- checks and dtypes
 
 
-def check_arrays(
-    arrays: Mapping[str, Any], *, integers: bool = False, optional: Collection[str] | None = None
-) -> Namespace:
+def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional: Collection[str] = ()) -> Namespace:
     """Return the namespace shared by named arrays.
 
     Parameters
     ----------
     arrays : mapping of str to array
-        The arrays under the names that error messages use. Values that are None are
-        optional arguments that were not given.
+        The arrays under the names that error messages use.
     integers : bool
         Accept integer arrays too; `promote` makes them floating.
-    optional : collection of str, optional
-        The names whose values may be None. Default: all of them.
+    optional : collection of str
+        The names of arguments that may be None: not given.
 
     Raises
     ------
@@ -66,11 +63,7 @@ def check_arrays(
     ValueError
         If the arrays live on different devices.
     """
-    given = {
-        name: array
-        for name, array in arrays.items()
-        if array is not None or (optional is not None and name not in optional)
-    }
+    given = {name: array for name, array in arrays.items() if array is not None or name not in optional}
     for name, array in given.items():
         if not compat.is_array_api_obj(array):
             raise TypeError(
@@ -271,7 +264,7 @@ def is_lazy(array: Array) -> bool:
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
-    """Copy an array of any library to the host, for reports and files."""
+    """An array of any library as a NumPy array, for reports and files; its memory may be shared."""
     if compat.is_cupy_array(array):
         return np.asarray(array.get())
     if compat.is_torch_array(array):
@@ -292,34 +285,39 @@ def eager_any(xp: Namespace, flags: Array) -> bool | None:
 
 
 def cholesky(xp: Namespace, a: Array) -> Array:
-    """Lower Cholesky factors; NaN, or garbage on CuPy, in members that have none.
-
-    Libraries that raise for a whole stack do not say which member failed, so the stack
-    is halved until every failure is alone.
-    """
+    """Lower Cholesky factors; NaN, or garbage on CuPy, in members that have none."""
     finite = finite_members(xp, a)
     safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
     if compat.is_torch_array(a):
         factor, failed = sys.modules["torch"].linalg.cholesky_ex(safe)
         finite = finite & (failed == 0)[..., None, None]
-    elif compat.is_jax_array(a) or compat.is_cupy_array(a):
-        factor = xp.linalg.cholesky(safe)
     else:
-        flat = _cholesky_by_halving(xp, xp.reshape(safe, (-1, *a.shape[-2:]))) if a.size else safe
-        factor = xp.reshape(flat, a.shape)
+        (factor,) = by_halving(xp, lambda x: (xp.linalg.cholesky(x),), safe, lambda x: (xp.full_like(x, xp.nan),))
     return xp.where(finite, factor, xp.nan)
 
 
-def _cholesky_by_halving(xp: Namespace, a: Array) -> Array:
+def by_halving(
+    xp: Namespace, factorise: Callable[[Array], Any], a: Array, alone: Callable[[Array], tuple[Array, ...]]
+) -> tuple[Array, ...]:
+    """Factorise a stack although the library raises for all of it when one member fails.
+
+    Libraries that raise do not say which member failed, so the stack is halved until every
+    failure is alone; `alone` then gives its factors, with a batch axis of length one.
+    """
+    errors: tuple[type[Exception], ...] = (np.linalg.LinAlgError,)
+    if compat.is_torch_array(a):
+        errors = (sys.modules["torch"].linalg.LinAlgError,)
     try:
-        return xp.linalg.cholesky(a)
-    except np.linalg.LinAlgError:
-        count = a.shape[0]
-        if count == 1:
-            return xp.full_like(a, xp.nan)
-        return xp.concat(
-            [_cholesky_by_halving(xp, a[: count // 2, ...]), _cholesky_by_halving(xp, a[count // 2 :, ...])]
-        )
+        return tuple(factorise(a))
+    except errors:
+        flat = xp.reshape(a, (-1, *a.shape[-2:]))
+        if flat.shape[0] == 1:
+            parts = alone(flat)
+        else:
+            middle = flat.shape[0] // 2
+            halves = [by_halving(xp, factorise, half, alone) for half in (flat[:middle, ...], flat[middle:, ...])]
+            parts = tuple(xp.concat(pair) for pair in zip(*halves, strict=True))
+        return tuple(xp.reshape(part, (*a.shape[:-2], *part.shape[1:])) for part in parts)
 
 
 def while_loop(

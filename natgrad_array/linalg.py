@@ -66,7 +66,7 @@ def pinvh(a: Array, /, *, rtol: float | Array | None = None, method: str = "auto
     array([[0.5, 0. ],
            [0. , 0. ]])
     """
-    xp = _arrays.check_arrays({"a": a}, integers=True, optional=())
+    xp = _arrays.check_arrays({"a": a}, integers=True)
     _arrays.check_matrix("a", a, square=True)
     _arrays.check_option("method", method, METHODS)
     (a,) = _arrays.promote(xp, a)
@@ -136,7 +136,7 @@ def precondition(
     >>> ng.precondition(grad, np.asarray([[2.0]]), np.asarray([[1.0, 0.0], [0.0, 3.0]]))
     array([[2., 1.]])
     """
-    xp = _arrays.check_arrays({"grad": grad, "left": left, "right": right}, optional=())
+    xp = _arrays.check_arrays({"grad": grad, "left": left, "right": right})
     _arrays.check_option("method", method, METHODS)
     _arrays.check_matrix("grad", grad)
     m, n = grad.shape[-2:]
@@ -174,20 +174,39 @@ def symmetric_part(a: Array) -> Array:
 
 
 def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
-    """Eigenvalues (ascending) and eigenvectors, NaN in members that are not finite.
+    """Eigenvalues (ascending) and eigenvectors, NaN in members that are not finite or do not converge.
 
     Libraries raise, or loop, for a whole stack that holds one NaN, so such members are
     replaced before the factorisation.
     """
     finite = _arrays.finite_members(xp, a)
-    values, vectors = xp.linalg.eigh(xp.where(finite, a, 0.0))
+
+    def alone(x: Array) -> tuple[Array, Array]:
+        return xp.full_like(x[..., 0], xp.nan), xp.full_like(x, xp.nan)
+
+    values, vectors = _arrays.by_halving(xp, xp.linalg.eigh, xp.where(finite, a, 0.0), alone)
     return xp.where(finite[..., 0], values, xp.nan), xp.where(finite, vectors, xp.nan)
 
 
 def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
-    """Thin singular value decomposition, NaN in members that are not finite."""
+    """Thin singular value decomposition, NaN in members that are not finite or do not converge."""
     finite = _arrays.finite_members(xp, a)
-    u, s, vh = xp.linalg.svd(xp.where(finite, a, 0.0), full_matrices=False)
+
+    def factorise(x: Array) -> tuple[Array, Array, Array]:
+        u, s, vh = xp.linalg.svd(x, full_matrices=False)
+        return u, s, vh
+
+    def transposed(x: Array) -> tuple[Array, Array, Array]:
+        # The iteration starts elsewhere, and where one does not converge the other does.
+        v, s, uh = factorise(x.mT)
+        return uh.mT, s, v.mT
+
+    def alone(x: Array) -> tuple[Array, ...]:
+        rank = min(x.shape[-2:])
+        blank = (x[..., :rank], x[..., 0, :rank] if rank == x.shape[-1] else x[..., :rank, 0], x[..., :rank, :])
+        return _arrays.by_halving(xp, transposed, x, lambda _: tuple(xp.full_like(part, xp.nan) for part in blank))
+
+    u, s, vh = _arrays.by_halving(xp, factorise, xp.where(finite, a, 0.0), alone)
     return xp.where(finite, u, xp.nan), xp.where(finite[..., 0], s, xp.nan), xp.where(finite, vh, xp.nan)
 
 

@@ -25,6 +25,13 @@ settings.register_profile("explore", deadline=None, max_examples=1000, suppress_
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled() -> Iterator[None]:
+    """What JAX compiled for a module is of no use to the next, and takes gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each library in turn, with the flags of array-api-strict set around the test."""

@@ -227,6 +227,32 @@ def test_cholesky_of_many_indefinite_matrices(backend: Backend) -> None:
     assert np.isnan(run_pinvh(backend, matrix, method="cholesky")).all()
 
 
+def aborted_cholesky(xp: Any, a: np.ndarray) -> np.ndarray:
+    """Factors as CuPy leaves them: columns up to the first bad pivot, and what was there after it."""
+    result = np.tril(a)
+    for lower in result.reshape(-1, *a.shape[-2:]):
+        for j in range(a.shape[-1]):
+            if not lower[j, j] > 0.0:
+                break
+            lower[j:, j] /= np.sqrt(lower[j, j])
+            lower[j + 1 :, j + 1 :] -= np.tril(np.outer(lower[j + 1 :, j], lower[j + 1 :, j]))
+    return result
+
+
+def test_cholesky_sees_through_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate asks whether the factor is one: some libraries do not say that they failed."""
+    monkeypatch.setattr(linalg._arrays, "cholesky", aborted_cholesky)
+    rng = np.random.default_rng(3)
+    spectra = np.abs(rng.standard_normal((500, 6))) + 0.1
+    spectra[np.arange(500), rng.integers(0, 6, 500)] *= -1.0
+    matrix = np.stack([from_spectrum(spectrum, seed).matrix for seed, spectrum in enumerate(spectra)])
+    finite = np.isfinite(linalg.inverse_lower(np, aborted_cholesky(np, matrix))).all(axis=(-2, -1))
+    assert finite.mean() > 0.9
+    assert np.isnan(ng.pinvh(matrix, method="cholesky")).all()
+    good = positive_definite((5,), 6)
+    np.testing.assert_allclose(ng.pinvh(good, method="cholesky"), np.linalg.inv(good), rtol=1e-10)
+
+
 @everywhere("dtype", "complete")
 def test_pinvh_penrose(backend: Backend, dtype: str, complete: str) -> None:
     made = [
@@ -1066,3 +1092,50 @@ def test_options_are_keywords_and_arrays_are_not() -> None:
         ng.pinvh(a=EYE)
     with pytest.raises(TypeError):
         ng.precondition(EYE, EYE, EYE, 0.1)
+
+
+# ----------------------------------------------------------- decompositions that do not converge
+
+
+def _raise_for(monkeypatch: pytest.MonkeyPatch, name: str, stubborn: np.ndarray) -> None:
+    """Make NumPy's decomposition raise for every stack that holds a given matrix."""
+    original = getattr(np.linalg, name)
+
+    def decomposition(a: np.ndarray, *args: Any, **options: Any) -> Any:
+        if a.shape[-2:] == stubborn.shape and (a == stubborn).all(axis=(-2, -1)).any():
+            raise np.linalg.LinAlgError(f"{name} did not converge")
+        return original(a, *args, **options)
+
+    monkeypatch.setattr(np.linalg, name, decomposition)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (3, 3)])
+def test_svd_that_does_not_converge_is_tried_on_the_transpose(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, *shape))
+    _raise_for(monkeypatch, "svd", x[1, 2])
+    u, s, vh = linalg.svd(NUMPY.xp, x)
+    np.testing.assert_allclose((u * s[..., None, :]) @ vh, x, atol=1e-14)
+    monkeypatch.undo()
+    np.testing.assert_allclose(s, np.linalg.svd(x, compute_uv=False), rtol=1e-13)
+
+
+def test_svd_that_does_not_converge_either_way_is_nan_in_its_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 3, 3))
+    x[3] = np.diag([1.0, 2.0, 3.0])  # its own transpose
+    _raise_for(monkeypatch, "svd", x[3])
+    parts = linalg.svd(NUMPY.xp, x)
+    for part in parts:
+        np.testing.assert_array_equal(np.isnan(part).reshape(5, -1).all(axis=1), [False, False, False, True, False])
+    single = linalg.svd(NUMPY.xp, x[3])
+    assert [part.shape for part in single] == [(3, 3), (3,), (3, 3)]
+    assert all(np.isnan(part).all() for part in single)
+
+
+def test_eigh_that_does_not_converge_is_nan_in_its_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = positive_definite((6,), 4)
+    _raise_for(monkeypatch, "eigh", x[1])
+    bad = np.arange(6) == 1
+    np.testing.assert_array_equal(np.isnan(ng.pinvh(x, method="eigh")).all(axis=(1, 2)), bad)
+    np.testing.assert_allclose(ng.pinvh(x, method="eigh")[~bad], np.linalg.inv(x)[~bad], rtol=1e-9)
