@@ -43,20 +43,17 @@ def describe(value: object) -> str:
 # --------------------------------------------------------------------- checks and dtypes
 
 
-def check_arrays(
-    arrays: Mapping[str, Any], *, integers: bool = False, optional: Collection[str] | None = None
-) -> Namespace:
+def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional: Collection[str] = ()) -> Namespace:
     """Return the namespace shared by named arrays.
 
     Parameters
     ----------
     arrays : mapping of str to array
-        The arrays under the names that error messages use. Values that are None are
-        optional arguments that were not given.
+        The arrays under the names that error messages use.
     integers : bool
         Accept integer arrays too; `promote` makes them floating.
-    optional : collection of str, optional
-        The names whose values may be None. Default: all of them.
+    optional : collection of str
+        The names of arguments that may be None: not given.
 
     Raises
     ------
@@ -66,11 +63,7 @@ def check_arrays(
     ValueError
         If the arrays live on different devices.
     """
-    given = {
-        name: array
-        for name, array in arrays.items()
-        if array is not None or (optional is not None and name not in optional)
-    }
+    given = {name: array for name, array in arrays.items() if array is not None or name not in optional}
     for name, array in given.items():
         if not compat.is_array_api_obj(array):
             raise TypeError(
@@ -271,7 +264,7 @@ def is_lazy(array: Array) -> bool:
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
-    """Copy an array of any library to the host, for reports and files."""
+    """An array of any library as a NumPy array, for reports and files; its memory may be shared."""
     if compat.is_cupy_array(array):
         return np.asarray(array.get())
     if compat.is_torch_array(array):
@@ -292,63 +285,34 @@ def eager_any(xp: Namespace, flags: Array) -> bool | None:
 
 
 def cholesky(xp: Namespace, a: Array) -> Array:
-    """Lower Cholesky factors of finite matrices, NaN in members that have none; garbage there on CuPy.
+    """Lower Cholesky factors; NaN, or garbage on CuPy, in members that have none.
 
-    NumPy's public function raises for a whole stack and does not say which member failed;
-    the generalised ufunc behind it writes NaN into that member, and runs in float32 where
-    the public one converts. Without it the stack is halved until every failure is alone.
+    NumPy's public function raises for a whole stack and computes float32 in float64; the
+    generalised ufunc behind it writes NaN into the members that fail and keeps the dtype.
     """
     if compat.is_torch_array(a):
         factor, failed = sys.modules["torch"].linalg.cholesky_ex(a)
         return xp.where((failed == 0)[..., None, None], factor, xp.nan)
     if compat.is_jax_array(a) or compat.is_cupy_array(a):
         return xp.linalg.cholesky(a)
-    if compat.is_numpy_array(a) and (kernel := _numpy_kernel("cholesky_lo")) is not None:
-        return kernel(a)
-    flat = xp.reshape(a, (-1, *a.shape[-2:]))
-    return xp.reshape(_cholesky_by_halving(xp, flat), a.shape) if flat.shape[0] else a
-
-
-def _cholesky_by_halving(xp: Namespace, a: Array) -> Array:
-    try:
-        return xp.linalg.cholesky(a)
-    except np.linalg.LinAlgError:
-        count = a.shape[0]
-        if count == 1:
-            return xp.full_like(a, xp.nan)
-        return xp.concat([_cholesky_by_halving(xp, a[: count // 2]), _cholesky_by_halving(xp, a[count // 2 :])])
-
-
-def _numpy_kernel(name: str) -> Callable[[Array], Array] | None:
-    kernel = getattr(getattr(np.linalg, "_umath_linalg", None), name, None)
-    if kernel is None:
-        return None
-
-    def call(a: Array) -> Array:
+    kernel = getattr(getattr(np.linalg, "_umath_linalg", None), "cholesky_lo", None)
+    if compat.is_numpy_array(a) and kernel is not None:
         with np.errstate(all="ignore"):
             return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
-
-    return call
-
-
-def inverse_of_small(a: Array) -> Array | None:
-    """Inverses of small matrices by LU where that beats a Cholesky factor and its inverse, else None."""
-    if compat.is_numpy_array(a) and a.shape[-1] < SMALL and (kernel := _numpy_kernel("inv")) is not None:
-        return kernel(a)
-    return None
+    finite = finite_members(xp, a)
+    safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
+    (factor,) = by_halving(xp, lambda x: (xp.linalg.cholesky(x),), safe, lambda x: (xp.full_like(x, xp.nan),))
+    return xp.where(finite, factor, xp.nan)
 
 
-SMALL = 32
-"""Below this size calls to LAPACK cost more than their arithmetic: one call beats several products."""
-
-
-def inverse_of_factored(xp: Namespace, factor: Array) -> Array | None:
+def inverse_of_factored(factor: Array) -> Array | None:
     """Inverses of matrices with given lower Cholesky factors by the library's own means, else None."""
     if compat.is_torch_array(factor):
         return sys.modules["torch"].cholesky_inverse(factor)
     if compat.is_jax_array(factor):
-        identity = xp.broadcast_to(eye(xp, factor.shape[-1], factor), factor.shape)
-        half = sys.modules["jax"].lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+        jax = sys.modules["jax"]
+        identity = jax.numpy.broadcast_to(jax.numpy.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+        half = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
         return half.mT @ half
     if compat.is_numpy_array(factor):
         half = _inverse_lower_in_place(factor)
@@ -367,18 +331,15 @@ def _inverse_lower_in_place(lower: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
         size = 1
         while size < n:
             whole = n // (2 * size)
-            if whole:
-                top, bottom = _blocks(inverse, 0, 0, size, whole), _blocks(inverse, size, size, size, whole)
-                corner = _blocks(flat, size, 0, size, whole)
-                product = corner * top if size == 1 else corner @ top
-                product = bottom * product if size == 1 else bottom @ product
-                np.negative(product, out=_blocks(inverse, size, 0, size, whole))
+            top, bottom = _blocks(inverse, 0, 0, size, whole), _blocks(inverse, size, size, size, whole)
+            corner = _blocks(flat, size, 0, size, whole)
+            product = bottom * corner * top if size == 1 else bottom @ (corner @ top)
+            np.negative(product, out=_blocks(inverse, size, 0, size, whole))
             start = 2 * size * whole
             if n - start > size:
-                top = inverse[:, start : start + size, start : start + size]
-                bottom = inverse[:, start + size :, start + size :]
-                corner = flat[:, start + size :, start : start + size]
-                inverse[:, start + size :, start : start + size] = -(bottom @ (corner @ top))
+                # What is left at the end holds one block and a smaller one.
+                left, right = slice(start, start + size), slice(start + size, None)
+                inverse[:, right, left] = -(inverse[:, right, right] @ (flat[:, right, left] @ inverse[:, left, left]))
             size *= 2
     return inverse.reshape(lower.shape)
 
@@ -393,9 +354,34 @@ def _blocks(a: np.ndarray[Any, Any], row: int, column: int, size: int, count: in
     )
 
 
-def repair(
-    xp: Namespace, flags: Array, values: Array, arguments: tuple[Any, ...], slow: Callable[..., Array]
-) -> Array:
+def by_halving(
+    xp: Namespace, factorise: Callable[[Array], Any], a: Array, alone: Callable[[Array], tuple[Array, ...]]
+) -> tuple[Array, ...]:
+    """Factorise a stack although the library raises for all of it when one member fails.
+
+    Libraries that raise do not say which member failed, so the stack is halved until every
+    failure is alone; `alone` then gives its factors, with a batch axis of length one.
+    """
+    try:
+        return tuple(factorise(a))
+    except (ValueError, RuntimeError) as error:
+        # NumPy's is a ValueError, torch's a RuntimeError.
+        if not type(error).__name__.endswith("LinAlgError"):
+            raise
+        flat = xp.reshape(a, (-1, *a.shape[-2:]))
+        if flat.shape[0] == 1:
+            parts = alone(flat)
+        else:
+            middle = flat.shape[0] // 2
+            halves = [by_halving(xp, factorise, half, alone) for half in (flat[:middle, ...], flat[middle:, ...])]
+            parts = tuple(xp.concat(pair) for pair in zip(*halves, strict=True))
+        return tuple(xp.reshape(part, (*a.shape[:-2], *part.shape[1:])) for part in parts)
+
+
+_WRITABLE = (compat.is_numpy_array, compat.is_cupy_array, compat.is_torch_array, compat.is_jax_array)
+
+
+def repair(xp: Namespace, flags: Array, values: Array, arguments: tuple[Any, ...], slow: Callable[..., Array]) -> Array:
     """Give the flagged members of a stack of matrices the result of a slower function.
 
     Parameters
@@ -403,36 +389,37 @@ def repair(
     flags : array of bool, shape (*batch,)
         Members whose `values` are not to be used.
     values : array, shape (*batch, m, n)
-        Results of the fast way; may be overwritten.
+        Results of the fast way.
     arguments : tuple
-        Arguments of `slow`: arrays of the batch shape and with core axes, or anything else.
+        Arguments of `slow`: arrays with the whole batch shape first, or anything else.
     slow : callable
-        Takes stacks with one batch axis (the flagged members) and returns one.
+        Takes the flagged members as a stack with one batch axis, or the whole stack.
 
     Notes
     -----
-    On eager arrays one scalar, the number of flagged members, is brought to the host, and
-    only they are computed again. A JAX trace has one conditional for the whole stack.
+    On eager arrays a scalar or two come to the host, and only flagged members are
+    computed again. A JAX trace has one conditional for the whole stack.
     """
     if is_lazy(flags):
-        if compat.is_jax_array(flags):
-            def replace(_: None) -> Array:
-                return xp.where(flags[..., None, None], slow(*arguments), values)
-
-            return sys.modules["jax"].lax.cond(xp.any(flags), replace, lambda _: values, None)
-        return xp.where(flags[..., None, None], slow(*arguments), values)
+        return sys.modules["jax"].lax.cond(
+            xp.any(flags),
+            lambda: xp.where(flags[..., None, None], slow(*arguments), values),
+            lambda: values,
+        )
     if not bool(xp.any(flags)):
         return values
-    if flags.ndim == 0 or bool(xp.all(flags)):
+    if bool(xp.all(flags)):
         return slow(*arguments)
+    if not any(test(flags) for test in _WRITABLE):
+        # The standard has no assignment by index: everything is computed again, and chosen.
+        return xp.where(flags[..., None, None], slow(*arguments), values)
     batch = tuple(flags.shape)
-    chosen = xp.nonzero(xp.reshape(flags, (-1,)))[0]
+    (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)))
 
     def take(argument: Any) -> Any:
         if not compat.is_array_api_obj(argument):
             return argument
-        core = tuple(argument.shape[len(batch) :])
-        return xp.take(xp.reshape(argument, (-1, *core)), chosen, axis=0)
+        return xp.take(xp.reshape(argument, (-1, *argument.shape[len(batch) :])), chosen, axis=0)
 
     flat = xp.reshape(values, (-1, *values.shape[-2:]))
     flat = xpx.at(flat)[chosen, ...].set(slow(*map(take, arguments)))

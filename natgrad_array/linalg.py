@@ -18,6 +18,7 @@ METHODS = ("auto", "eigh", "cholesky")
 # ------------------------------------------------------------------------------ the door
 
 
+@_arrays.quiet
 def pinvh(a: Array, /, *, rtol: float | Array | None = None, method: str = "auto") -> Array:
     r"""Moore–Penrose pseudo-inverse of symmetric matrices, with a relative cut-off.
 
@@ -67,7 +68,7 @@ def pinvh(a: Array, /, *, rtol: float | Array | None = None, method: str = "auto
     array([[0.5, 0. ],
            [0. , 0. ]])
     """
-    xp = _arrays.check_arrays({"a": a}, integers=True, optional=())
+    xp = _arrays.check_arrays({"a": a}, integers=True)
     _arrays.check_matrix("a", a, square=True)
     _arrays.check_option("method", method, METHODS)
     (a,) = _arrays.promote(xp, a)
@@ -76,6 +77,7 @@ def pinvh(a: Array, /, *, rtol: float | Array | None = None, method: str = "auto
     return pinvh_checked(xp, a, rtol, method)
 
 
+@_arrays.quiet
 def precondition(
     grad: Array,
     left: Array,
@@ -137,7 +139,7 @@ def precondition(
     >>> ng.precondition(grad, np.asarray([[2.0]]), np.asarray([[1.0, 0.0], [0.0, 3.0]]))
     array([[2., 1.]])
     """
-    xp = _arrays.check_arrays({"grad": grad, "left": left, "right": right}, optional=())
+    xp = _arrays.check_arrays({"grad": grad, "left": left, "right": right})
     _arrays.check_option("method", method, METHODS)
     _arrays.check_matrix("grad", grad)
     m, n = grad.shape[-2:]
@@ -176,20 +178,39 @@ def symmetric_part(a: Array) -> Array:
 
 
 def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
-    """Eigenvalues (ascending) and eigenvectors, NaN in members that are not finite.
+    """Eigenvalues (ascending) and eigenvectors, NaN in members that are not finite or do not converge.
 
     Libraries raise, or loop, for a whole stack that holds one NaN, so such members are
     replaced before the factorisation.
     """
     finite = _arrays.finite_members(xp, a)
-    values, vectors = xp.linalg.eigh(xp.where(finite, a, 0.0))
+
+    def alone(x: Array) -> tuple[Array, Array]:
+        return xp.full_like(x[..., 0], xp.nan), xp.full_like(x, xp.nan)
+
+    values, vectors = _arrays.by_halving(xp, xp.linalg.eigh, xp.where(finite, a, 0.0), alone)
     return xp.where(finite[..., 0], values, xp.nan), xp.where(finite, vectors, xp.nan)
 
 
 def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
-    """Thin singular value decomposition, NaN in members that are not finite."""
+    """Thin singular value decomposition, NaN in members that are not finite or do not converge."""
     finite = _arrays.finite_members(xp, a)
-    u, s, vh = xp.linalg.svd(xp.where(finite, a, 0.0), full_matrices=False)
+
+    def factorise(x: Array) -> tuple[Array, Array, Array]:
+        u, s, vh = xp.linalg.svd(x, full_matrices=False)
+        return u, s, vh
+
+    def transposed(x: Array) -> tuple[Array, Array, Array]:
+        # The iteration starts elsewhere, and where one does not converge the other does.
+        v, s, uh = factorise(x.mT)
+        return uh.mT, s, v.mT
+
+    def alone(x: Array) -> tuple[Array, ...]:
+        rank = min(x.shape[-2:])
+        blank = (x[..., :rank], x[..., 0, :rank] if rank == x.shape[-1] else x[..., :rank, 0], x[..., :rank, :])
+        return _arrays.by_halving(xp, transposed, x, lambda _: tuple(xp.full_like(part, xp.nan) for part in blank))
+
+    u, s, vh = _arrays.by_halving(xp, factorise, xp.where(finite, a, 0.0), alone)
     return xp.where(finite, u, xp.nan), xp.where(finite[..., 0], s, xp.nan), xp.where(finite, vh, xp.nan)
 
 
@@ -224,17 +245,27 @@ def reciprocal(xp: Namespace, x: Array, kept: Array) -> Array:
 
 
 def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: str) -> Array:
-    """`pinvh` behind the door: `a` floating and square, `rtol` and `method` checked."""
+    """`pinvh` behind the door: `a` floating and square, `rtol` and `method` checked.
+
+    "auto" inverts through Cholesky factors and decomposes only the members without a
+    certificate. On eager arrays two or three scalars say how many these are.
+    """
     a = symmetric_part(a)
-    if method == "eigh" or a.shape[-1] == 0:
+    if method == "eigh" or 0 in a.shape:
         return _pinvh_eigh(xp, a, rtol)
-    if method == "auto" and _looks_singular(xp, a, rtol):
+    factor = _arrays.cholesky(xp, a)
+    factored = _is_factor(xp, factor, a)
+    if method == "auto" and _arrays.eager_any(xp, factored) is False:
         return _pinvh_eigh(xp, a, rtol)
-    inverse, certified = _certified_inverse(xp, a, rtol)
+    inverse = _arrays.inverse_of_factored(factor)
+    if inverse is None:
+        half = inverse_lower(xp, factor)
+        inverse = half.mT @ half
+    certified = factored & _is_above_cutoff(xp, a, inverse, rtol)
     if method == "cholesky":
         return xp.where(certified[..., None, None], inverse, xp.nan)
-    if rtol is not None and not isinstance(rtol, float):
-        rtol = rtol + 0.0 * inverse[..., 0, 0]
+    if not (rtol is None or isinstance(rtol, float)):
+        rtol = rtol + xp.zeros_like(a[..., 0, 0])
     return _arrays.repair(xp, ~certified, inverse, (a, rtol), lambda a, rtol: _pinvh_eigh(xp, a, rtol))
 
 
@@ -243,49 +274,29 @@ def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
     return symmetric_part((vectors * reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT)
 
 
-PROBES = 2
+def _is_factor(xp: Namespace, factor: Array, a: Array) -> Array:
+    """Which members a Cholesky factor belongs to.
 
-
-def _looks_singular(xp: Namespace, a: Array, rtol: float | Array | None) -> bool:
-    """Whether a few members of a stack all miss the certificate: then the rest is not tried.
-
-    Reads one scalar on eager arrays. It decides which of two ways is taken, not what comes out.
+    Some libraries leave finite garbage where a factorisation broke off, and its norms may
+    pass for those of an inverse; but only a factor of the matrix has its diagonal.
     """
-    if _arrays.is_lazy(a) or a.ndim != 3 or a.shape[0] < 8 * PROBES or not (rtol is None or isinstance(rtol, float)):
-        return False
-    _, certified = _certified_inverse(xp, a[:: a.shape[0] // PROBES, :, :], rtol)
-    return not _arrays.eager_any(xp, certified)
+    rows, diagonal = xp.linalg.vecdot(factor, factor), xp.linalg.diagonal(a)
+    precision = 8 * a.shape[-1] * _arrays.eps(xp, a)
+    return xp.all(xp.abs(rows - diagonal) <= precision * xp.abs(diagonal), axis=-1)
 
 
-def _certified_inverse(xp: Namespace, a: Array, rtol: float | Array | None) -> tuple[Array, Array]:
-    """Inverses, and for which members they are proved to be the pseudo-inverse.
+def _is_above_cutoff(xp: Namespace, a: Array, inverse: Array, rtol: float | Array | None) -> Array:
+    """Which members are proved to have every eigenvalue above the cut-off.
 
     A factorisation that succeeds proves nothing about rank, but the inverse it gives
     does: λ_max ≤ ‖A‖ and λ_min ≥ 1/‖A⁻¹‖, so ‖A‖·‖A⁻¹‖ < 1/rtol puts every eigenvalue
-    above the cut-off. The margin of 4 is for rounding: an inverse of a matrix closer to
-    singular than n·eps is not one, but its norm shows that. Members that are not finite,
-    or whose squares leave the range of the dtype, are not certified.
+    above the cut-off. The inverse itself is only known to κ·n·eps, which the margin is for.
+    A member whose squares leave the range of its dtype is not certified.
     """
-    n = a.shape[-1]
-    precision = n * _arrays.eps(xp, a)
-    inverse = _arrays.inverse_of_small(a)
-    if inverse is None:
-        factor = _arrays.cholesky(xp, a)
-        inverse = _arrays.inverse_of_factored(xp, factor)
-        if inverse is None:
-            half = inverse_lower(xp, factor)
-            inverse = half.mT @ half
-        # Some libraries leave finite garbage where a factorisation broke off, and its norms
-        # may pass: a factor of the matrix has its diagonal.
-        rows, diagonal = xp.linalg.vecdot(factor, factor), xp.linalg.diagonal(a)
-        trusted = xp.all(xp.abs(rows - diagonal) <= 8 * precision * xp.abs(diagonal), axis=-1)
-    else:
-        inverse = symmetric_part(inverse)
-        trusted = True
     cutoff = rank_cutoff(xp, a, rtol)
-    cutoff = max(cutoff, precision) if isinstance(cutoff, float) else cutoff[..., 0] + precision
+    cutoff = (cutoff if isinstance(cutoff, float) else cutoff[..., 0]) + 4 * a.shape[-1] * _arrays.eps(xp, a)
     bound = _frobenius(xp, a) * _frobenius(xp, inverse)
-    return inverse, trusted & (bound * (4.0 * cutoff) < 1.0) & (bound > 0.0)
+    return (bound > 0.0) & (bound * cutoff < 1.0)
 
 
 def _frobenius(xp: Namespace, a: Array) -> Array:
@@ -301,19 +312,17 @@ def inverse_lower(xp: Namespace, lower: Array) -> Array:
     its corner, which gives all diagonal blocks of size 2s at once: log₂ n rounds.
     """
     n = lower.shape[-1]
-    rounds = max(0, math.ceil(math.log2(n))) if n else 0
-    size = -(-n // 2**rounds)
-    padded = _pad_identity(xp, lower, size * 2**rounds)
+    rounds = math.ceil(math.log2(n)) if n else 0
+    padded = _pad_identity(xp, lower, 2**rounds) if n else lower
     blocks = _diagonal_blocks(xp, padded, 1)
-    blocks = reciprocal(xp, blocks, blocks == blocks)
-    for k in range(rounds):
-        pairs = xp.reshape(blocks, (*blocks.shape[:-3], -1, 2, *blocks.shape[-2:]))
+    blocks = reciprocal(xp, blocks, xp.ones_like(blocks) > 0.0)
+    for size in (2**k for k in range(rounds)):
+        pairs = xp.reshape(blocks, (*blocks.shape[:-3], blocks.shape[-3] // 2, 2, size, size))
         top, bottom = pairs[..., 0, :, :], pairs[..., 1, :, :]
-        s = 2**k
-        corner = -(bottom @ (_diagonal_blocks(xp, padded, 2 * s)[..., s:, :s] @ top))
+        corner = -(bottom @ (_diagonal_blocks(xp, padded, 2 * size)[..., size:, :size] @ top))
         upper = xp.concat([top, xp.zeros_like(top)], axis=-1)
         blocks = xp.concat([upper, xp.concat([corner, bottom], axis=-1)], axis=-2)
-    return blocks[..., 0, :n, :n]
+    return blocks[..., 0, :n, :n] if n else lower
 
 
 def _pad_identity(xp: Namespace, a: Array, n: int) -> Array:

@@ -73,7 +73,7 @@ def second_moment(x: Array, y: Array | None = None, /, *, weights: Array | None 
     array([[5.],
            [4.]])
     """
-    xp = _arrays.check_arrays({"x": x, "y": y, "weights": weights}, integers=True)
+    xp = _arrays.check_arrays({"x": x, "y": y, "weights": weights}, integers=True, optional=("y", "weights"))
     _check_samples("x", x)
     n = x.shape[-2]
     batches = {"x": tuple(x.shape[:-2])}
@@ -479,7 +479,7 @@ def _check_samples(name: str, x: Array) -> None:
 
 
 def _check_weighted_samples(x: Array, weights: Array | None) -> tuple[Namespace, Array, Array | None]:
-    xp = _arrays.check_arrays({"x": x, "weights": weights}, integers=True)
+    xp = _arrays.check_arrays({"x": x, "weights": weights}, integers=True, optional=("weights",))
     _check_samples("x", x)
     if weights is not None:
         _arrays.check_core("weights", weights, (x.shape[-2],), "to match the samples of x")

@@ -4,6 +4,10 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Matrices are small here: threads wait for each other longer than they work.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 # Compiling is most of what JAX does in these tests: what is compiled runs once.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
@@ -19,6 +23,13 @@ _checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthChec
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=_checks)
 settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=_checks)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled() -> Iterator[None]:
+    """What JAX compiled for a module is of no use to the next, and takes gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(params=BACKENDS, ids=str)

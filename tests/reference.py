@@ -52,6 +52,11 @@ def power(matrix: np.ndarray, exponent: float, cutoff: float = CUTOFF) -> np.nda
 
 def pinv(matrix: np.ndarray, cutoff: float = CUTOFF) -> np.ndarray:
     """Pseudo-inverse of any matrix; `cutoff` is relative to the largest singular value."""
+    if matrix.shape[0] == matrix.shape[1] and np.allclose(matrix, matrix.T, rtol=1e-12):
+        # The singular value decomposition of a large singular F fails to converge now and then.
+        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+        kept = np.abs(values) > cutoff * np.max(np.abs(values))
+        return (vectors * np.where(kept, 1.0 / np.where(kept, values, 1.0), 0.0)) @ vectors.T
     u, s, vh = np.linalg.svd(matrix, full_matrices=False)
     kept = s > cutoff * s[0]
     return (vh.T * np.where(kept, 1.0 / np.where(kept, s, 1.0), 0.0)) @ u.T
@@ -76,7 +81,7 @@ def condition(matrix: np.ndarray) -> float:
 
 def product(weights: Layers) -> np.ndarray:
     """W = W_L ... W_1."""
-    total = np.eye(weights[0].shape[1])
+    total = np.eye(weights[0].shape[-1])
     for w in weights:
         total = w @ total
     return total
@@ -242,8 +247,7 @@ class Problem:
                 blocks.append(block / depth if inverse == "layerwise" else block)
                 continue
             share = sum(
-                np.kron(rights[b], lefts[a]) / (b - a + 1)
-                for a, b in itertools.product(range(i + 1), range(i, depth))
+                np.kron(rights[b], lefts[a]) / (b - a + 1) for a, b in itertools.product(range(i + 1), range(i, depth))
             )
             dual = np.kron(pinv(x), pinv(e))
             blocks.append(dual.T @ share @ dual)

@@ -8,11 +8,9 @@ import pickle
 import tracemalloc
 from typing import Any
 
-import array_api_compat as compat
-import array_api_strict
 import numpy as np
 import pytest
-from backends import BACKENDS, DASK, JAX, JAX_JIT, NUMPY, STRICT_DEVICE1, STRICT_DEVICE2, Backend
+from backends import BACKENDS, DASK, JAX, NUMPY, STRICT_DEVICE1, STRICT_DEVICE2, Backend
 from cases import BATCH_SHAPES
 from reference import (
     CASES,
@@ -464,25 +462,37 @@ def test_products_on_dask():
 
 W1, W2 = np.ones((4, 5)), np.ones((3, 4))
 GOOD = (W1, W2)
-TASK = ng.GaussianTask(np.eye(5), np.eye(3), np.zeros((3, 5)), np.eye(3))
+MOMENTS = np.eye(5), np.eye(3), np.zeros((3, 5)), np.eye(3)
+TASK = ng.GaussianTask(*MOMENTS)
 
 BAD_WEIGHTS: dict[str, tuple[Any, type[Exception], str]] = {
     "a plain array": (W1, TypeError, r"weights must be a tuple or list .* got a numpy array of dtype float64"),
     "a stacked array": (np.ones((2, 3, 3)), TypeError, r"weights must be a tuple or list"),
     "None": (None, TypeError, r"weights must be .* got NoneType None"),
-    "a generator": ((w for w in GOOD), TypeError, r"weights must be a tuple or list"),
     "no layers": ((), ValueError, r"weights must be .* got an empty tuple"),
     "an empty list": ([], ValueError, r"weights must be .* got an empty list"),
     "a list in it": (([[1.0]], W2), TypeError, r"weights\[0\] must be an array .* got a list of length 1"),
     "a number in it": ((W1, 2.0), TypeError, r"weights\[1\] must be an array .* got float 2.0"),
-    "float16": ((W1.astype(np.float16), W2), TypeError, r"weights\[0\] must have dtype float32 or float64, got float16"),
+    "float16": (
+        (W1.astype(np.float16), W2),
+        TypeError,
+        r"weights\[0\] must have dtype float32 or float64, got float16",
+    ),
     "complex": ((W1, W2 + 0j), TypeError, r"weights\[1\] must have dtype float32 or float64, got complex128"),
     "integers": ((W1, np.ones((3, 4), dtype=int)), TypeError, r"weights\[1\] must have dtype .* got int64"),
     "booleans": ((W1 > 0, W2), TypeError, r"weights\[0\] must have dtype .* got bool"),
-    "two dtypes": ((W1, W2.astype(np.float32)), TypeError, r"weights\[1\] has dtype float32, but weights\[0\] has dtype float64"),
+    "two dtypes": (
+        (W1, W2.astype(np.float32)),
+        TypeError,
+        r"weights\[1\] has dtype float32, but weights\[0\] has dtype float64",
+    ),
     "a vector": ((W1, np.ones(4)), ValueError, r"weights\[1\] must have shape \(\*batch, m, n\), got \(4,\)"),
     "no rows": ((np.ones((0, 5)), np.ones((3, 0))), ValueError, r"weights\[0\] must have at least one row"),
-    "layers in the wrong order": ((W2, W1), ValueError, r"weights\[1\] must have as many columns as weights\[0\] has rows \(3\)"),
+    "layers in the wrong order": (
+        (W2, W1),
+        ValueError,
+        r"weights\[1\] must have as many columns as weights\[0\] has rows \(3\)",
+    ),
     "batches that do not broadcast": (
         (np.ones((2, 4, 5)), np.ones((3, 3, 4))),
         ValueError,
@@ -506,7 +516,7 @@ OF_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("bad", [name for name in BAD_WEIGHTS if name != "a generator"])
+@pytest.mark.parametrize("bad", BAD_WEIGHTS)
 @pytest.mark.parametrize("function", OF_WEIGHTS)
 def test_bad_weights(function, bad):
     weights, error, message = BAD_WEIGHTS[bad]
@@ -525,7 +535,11 @@ BAD_TANGENTS: dict[str, tuple[Any, type[Exception], str]] = {
     "one layer too many": ((W1, W2, W2), ValueError, r"{0} must have one array for each of 2 layers, got 3"),
     "no layers": ((), ValueError, r"{0} must be .* got an empty tuple"),
     "an array": (W1, TypeError, r"{0} must be a tuple or list with one array for each layer, got a numpy array"),
-    "transposed": ((W1.T, W2), ValueError, r"{0}\[0\] must have shape \(\*batch, 4, 5\) like its layer's weights, got \(5, 4\)"),
+    "transposed": (
+        (W1.T, W2),
+        ValueError,
+        r"{0}\[0\] must have shape \(\*batch, 4, 5\) like its layer's weights, got \(5, 4\)",
+    ),
     "a number": ((W1, 1.0), TypeError, r"{0}\[1\] must be an array"),
     "integers": ((W1.astype(int), W2), TypeError, r"{0}\[0\] must have dtype float32 or float64, got int64"),
     "float32": ((W1, W2.astype(np.float32)), TypeError, r"{0}\[1\] has dtype float32"),
@@ -553,7 +567,7 @@ def test_bad_tangents(name, bad):
 
 BAD_TASKS: dict[str, tuple[Any, type[Exception], str]] = {
     "moments": ((np.eye(5), np.eye(3)), TypeError, r"task must be a GaussianTask, got a tuple of length 2"),
-    "None": (None, TypeError, None),
+    "None": (None, TypeError, r"task must be a GaussianTask, got NoneType None"),
     "other inputs": (
         ng.GaussianTask(np.eye(4), np.eye(3), np.zeros((3, 4)), np.eye(3)),
         ValueError,
@@ -565,7 +579,7 @@ BAD_TASKS: dict[str, tuple[Any, type[Exception], str]] = {
         r"weights must lead from the task's 5 inputs to its 2 outputs, got 5 and 3",
     ),
     "float32": (
-        ng.GaussianTask(*(m.astype(np.float32) for m in TASK._flatten()[0][:4])),
+        ng.GaussianTask(*(m.astype(np.float32) for m in MOMENTS)),
         TypeError,
         r"task has dtype float32, but weights\[0\] has dtype float64",
     ),
@@ -574,11 +588,12 @@ BAD_TASKS: dict[str, tuple[Any, type[Exception], str]] = {
 
 @pytest.mark.parametrize("bad", BAD_TASKS)
 @pytest.mark.parametrize(
-    "function", [dl.loss, dl.excess_loss, dl.gradient, dl.fisher, dl.natural_gradient, dl.exact_velocity, dl.projections]
+    "function",
+    [dl.loss, dl.excess_loss, dl.gradient, dl.fisher, dl.natural_gradient, dl.exact_velocity, dl.projections],
 )
 def test_bad_tasks(function, bad):
     task, error, message = BAD_TASKS[bad]
-    with pytest.raises(error, match=message or "task"):
+    with pytest.raises(error, match=message):
         function(GOOD, task)
 
 
@@ -597,8 +612,16 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rtol of a string": ({"rtol": "tiny"}, TypeError, r"rtol must be a number or an array .* got str 'tiny'"),
     "rtol of a list": ({"rtol": [0.1]}, TypeError, r"rtol must be a number or an array .* got a list of length 1"),
     "rtol of a bool": ({"rtol": True}, TypeError, r"rtol must be a number or an array"),
-    "rtol of another batch": ({"rtol": np.ones(3)}, ValueError, r"rtol must have a shape that broadcasts to the batch shape"),
-    "rtol float32": ({"rtol": np.ones((), np.float32)}, TypeError, r"rtol has dtype float32|has dtype float64, but rtol"),
+    "rtol of another batch": (
+        {"rtol": np.ones(3)},
+        ValueError,
+        r"rtol must have a shape that broadcasts to the batch shape",
+    ),
+    "rtol float32": (
+        {"rtol": np.ones((), np.float32)},
+        TypeError,
+        r"rtol has dtype float32|has dtype float64, but rtol",
+    ),
 }
 
 
@@ -641,8 +664,9 @@ def test_mixed_devices():
         dl.end_to_end((here, there))
     with pytest.raises(ValueError, match=r"device"):
         dl.end_to_end_velocity((here, STRICT_DEVICE1.asarray(W2)), (here, there))
-    with pytest.raises(ValueError, match=r"device"):
-        dl.loss((here, STRICT_DEVICE1.asarray(W2)), STRICT_DEVICE2.call(ng.GaussianTask, *map(STRICT_DEVICE2.asarray, TASK._flatten()[0][:4])))
+    elsewhere = ng.GaussianTask(*STRICT_DEVICE2.asarrays(*MOMENTS))
+    with pytest.raises(ValueError, match=r"task has device .*device2.*, but weights\[0\] has device .*device1"):
+        dl.loss((here, STRICT_DEVICE1.asarray(W2)), elsewhere)
 
 
 def test_kernel_that_would_not_fit():

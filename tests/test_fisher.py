@@ -8,7 +8,18 @@ import tracemalloc
 import numpy as np
 import pytest
 from backends import JAX, JAX_JIT, NUMPY
-from reference import CASES, FEW, Problem, case, numerical_jacobian, relative, split, stack, tangent_of, well_conditioned
+from reference import (
+    CASES,
+    FEW,
+    Problem,
+    case,
+    numerical_jacobian,
+    relative,
+    split,
+    stack,
+    tangent_of,
+    well_conditioned,
+)
 
 import natgrad_array as ng
 from natgrad_array import deep_linear as dl
@@ -259,7 +270,9 @@ def test_a_matrix_that_would_not_fit(dtype):
     one, eye = np.ones((), dtype=dtype), np.eye(2, dtype=dtype)
     weights = np.broadcast_to(one, (300_000, 2)), np.broadcast_to(one, (2, 300_000))
     fisher = dl.fisher(weights, ng.GaussianTask(eye, eye, 0 * eye, eye))
-    message = r"the dense Fisher matrix of shape \(1200000, 1200000\) needs about .* GB while .* GB are free; use F.matvec"
+    message = (
+        r"the dense Fisher matrix of shape \(1200000, 1200000\) needs about .* GB while .* GB are free; use F.matvec"
+    )
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=message):
@@ -288,7 +301,9 @@ def test_a_spectrum_that_would_not_fit():
     one = np.ones(())
     weights = np.broadcast_to(one, (1, 600)), np.broadcast_to(one, (600, 1))
     eye = np.eye(600)
-    with pytest.raises(ValueError, match=r"the matrix behind the spectrum of shape \(360000, 360000\) needs about .* F.rank"):
+    with pytest.raises(
+        ValueError, match=r"the matrix behind the spectrum of shape \(360000, 360000\) needs about .* F.rank"
+    ):
         dl.fisher(weights, ng.GaussianTask(eye, eye, 0 * eye, eye)).spectrum()
 
 

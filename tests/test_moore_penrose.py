@@ -73,7 +73,9 @@ def test_conjugate_gradients(dtype, name, seed):
     assert relative(stack(found), operator @ stack(tangent)) <= tolerance(NUMPY, dtype)
 
 
-@pytest.mark.parametrize("name", ["one layer, dead inputs", "bottleneck 2", "all singular 3", "many pairs, bottleneck 3"])
+@pytest.mark.parametrize(
+    "name", ["one layer, dead inputs", "bottleneck 2", "all singular 3", "many pairs, bottleneck 3"]
+)
 def test_on_every_library(backend, name):
     """Closed form, Sylvester, dense root and conjugate gradients; a made task goes in, also under jit."""
     if backend.name == "jax":
@@ -121,7 +123,8 @@ def gaps(problem: Problem) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["one layer", "one layer, dead inputs", "intermediate 2", "bottleneck 3", "all singular 3", "many pairs, wide 3"]
+    "name",
+    ["one layer", "one layer, dead inputs", "intermediate 2", "bottleneck 3", "all singular 3", "many pairs, wide 3"],
 )
 def test_truncated_pseudo_inverse(name):
     """An explicit cut-off is one on the eigenvalues of F."""
@@ -224,5 +227,7 @@ def test_a_dense_root_that_would_not_fit():
     weights = np.broadcast_to(one, (600, 600)), np.broadcast_to(one, (600, 600)), np.broadcast_to(one, (600, 600))
     eye = np.eye(600)
     task = ng.GaussianTask(eye, eye, 0 * eye, eye)
-    with pytest.raises(ValueError, match=r"the root of the Fisher matrix of shape \(1080000, 360000\) .* leave rtol at None"):
+    with pytest.raises(
+        ValueError, match=r"the root of the Fisher matrix of shape \(1080000, 360000\) .* leave rtol at None"
+    ):
         dl.fisher(weights, task).precondition(weights, inverse="moore_penrose", rtol=1e-3)

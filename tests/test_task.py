@@ -101,14 +101,21 @@ def test_from_streamed_moments(backend, given):
 @pytest.mark.parametrize("white", [False, True])
 def test_from_modes(backend, dtype, white):
     rng = np.random.default_rng(1)
-    left, right = np.linalg.qr(rng.standard_normal((3, 3)))[0][:, :2], np.linalg.qr(rng.standard_normal((4, 4)))[0][:, :2]
+    left, right = (
+        np.linalg.qr(rng.standard_normal((3, 3)))[0][:, :2],
+        np.linalg.qr(rng.standard_normal((4, 4)))[0][:, :2],
+    )
     values = np.asarray([3.0, 0.5])
     problem = well_conditioned((4, 3))
     sigma, model = (np.eye(4), np.eye(3)) if white else (problem.input_moment, problem.noise_covariance)
-    options = {} if white else {
-        "input_moment": backend.asarray(sigma.astype(dtype)),
-        "noise_covariance": backend.asarray(model.astype(dtype)),
-    }
+    options = (
+        {}
+        if white
+        else {
+            "input_moment": backend.asarray(sigma.astype(dtype)),
+            "noise_covariance": backend.asarray(model.astype(dtype)),
+        }
+    )
     arrays = backend.asarrays(left.astype(dtype), values.astype(dtype), right.astype(dtype))
     task = backend.call(ng.GaussianTask.from_modes, *arrays, **options)
     teacher = (left * values) @ right.T
@@ -141,7 +148,9 @@ def test_optimum_on_singular_inputs(backend, dtype, name):
         lambda *m: (ng.GaussianTask(*m).optimum(), ng.GaussianTask(*m).minimum_loss()), *moments
     )
     backend.check(optimum, moments[0])
-    assert relative(backend.to_numpy(optimum), problem.cross_moment @ pinv(problem.input_moment)) <= tolerance(backend, dtype)
+    assert relative(backend.to_numpy(optimum), problem.cross_moment @ pinv(problem.input_moment)) <= tolerance(
+        backend, dtype
+    )
     assert relative(backend.to_numpy(least), problem.minimum_loss()) <= tolerance(backend, dtype)
     if not backend.lazy:
         rank = int(np.linalg.matrix_rank(problem.input_moment, tol=1e-6))
@@ -219,7 +228,9 @@ def test_moments_of_data_are_never_refused(dtype, seed):
     """Rounding of moments, features that nearly coincide, targets that are functions of the inputs."""
     rng = np.random.default_rng(seed)
     n, p, q = int(rng.integers(1, 40)), int(rng.integers(1, 8)), int(rng.integers(1, 6))
-    x = rng.standard_normal((n, p)) * 10.0 ** rng.uniform(-3, 3, p) + rng.standard_normal(p) * 10.0 ** rng.uniform(-2, 2)
+    x = rng.standard_normal((n, p)) * 10.0 ** rng.uniform(-3, 3, p) + rng.standard_normal(p) * 10.0 ** rng.uniform(
+        -2, 2
+    )
     x[:, -1] = x[:, 0] * (1.0 + 10.0 ** rng.uniform(-12, 0) * rng.standard_normal(n))
     y = x @ rng.standard_normal((p, q)) if seed % 2 else rng.standard_normal((n, q))
     task = ng.GaussianTask.from_samples(x.astype(dtype), y.astype(dtype))
@@ -232,7 +243,12 @@ EYE2, EYE3 = np.eye(2), np.eye(3)
 
 
 def moments(**changes: np.ndarray) -> dict[str, np.ndarray]:
-    good = {"input_moment": EYE3, "noise_covariance": EYE2, "cross_moment": 0.5 * np.ones((2, 3)), "output_moment": 4 * EYE2}
+    good = {
+        "input_moment": EYE3,
+        "noise_covariance": EYE2,
+        "cross_moment": 0.5 * np.ones((2, 3)),
+        "output_moment": 4 * EYE2,
+    }
     return good | changes
 
 
@@ -334,11 +350,31 @@ def test_rounded_moments_are_taken():
         ({"input_moment": EYE3.astype(int)}, TypeError, r"input_moment must have dtype float32 or float64, got int64"),
         ({"output_moment": EYE2.astype(np.float16)}, TypeError, r"output_moment must have dtype .* got float16"),
         ({"cross_moment": np.ones((2, 3), complex)}, TypeError, r"cross_moment must have dtype .* got complex128"),
-        ({"cross_moment": np.ones((2, 3), np.float32)}, TypeError, r"cross_moment has dtype float32, but input_moment has"),
-        ({"input_moment": np.ones((3, 4))}, ValueError, r"input_moment must have shape \(\*batch, n, n\), got \(3, 4\)"),
-        ({"noise_covariance": np.ones(2)}, ValueError, r"noise_covariance must have shape \(\*batch, n, n\), got \(2,\)"),
-        ({"cross_moment": np.ones((3, 2))}, ValueError, r"cross_moment must have shape \(\*batch, 2, 3\) \(outputs, inputs\), got \(3, 2\)"),
-        ({"output_moment": EYE3}, ValueError, r"output_moment must have shape \(\*batch, 2, 2\) to match noise_covariance"),
+        (
+            {"cross_moment": np.ones((2, 3), np.float32)},
+            TypeError,
+            r"cross_moment has dtype float32, but input_moment has",
+        ),
+        (
+            {"input_moment": np.ones((3, 4))},
+            ValueError,
+            r"input_moment must have shape \(\*batch, n, n\), got \(3, 4\)",
+        ),
+        (
+            {"noise_covariance": np.ones(2)},
+            ValueError,
+            r"noise_covariance must have shape \(\*batch, n, n\), got \(2,\)",
+        ),
+        (
+            {"cross_moment": np.ones((3, 2))},
+            ValueError,
+            r"cross_moment must have shape \(\*batch, 2, 3\) \(outputs, inputs\), got \(3, 2\)",
+        ),
+        (
+            {"output_moment": EYE3},
+            ValueError,
+            r"output_moment must have shape \(\*batch, 2, 2\) to match noise_covariance",
+        ),
         (
             {"input_moment": np.stack([EYE3] * 2), "output_moment": np.stack([EYE2] * 3)},
             ValueError,
@@ -363,7 +399,9 @@ def test_mixed_libraries_and_devices():
         ng.GaussianTask(**moments() | {"cross_moment": jax.numpy.ones((2, 3))})
     arrays = {key: STRICT_DEVICE1.asarray(array) for key, array in moments().items()}
     arrays["output_moment"] = STRICT_DEVICE2.asarray(4 * EYE2)
-    with pytest.raises(ValueError, match=r"output_moment has device .*device2.*, but input_moment has device .*device1"):
+    with pytest.raises(
+        ValueError, match=r"output_moment has device .*device2.*, but input_moment has device .*device1"
+    ):
         ng.GaussianTask(**arrays)
 
 
@@ -379,25 +417,65 @@ X, Y = data()
         (lambda: ng.GaussianTask.from_samples(X[:0], Y[:0]), ValueError, r"\b[xy]\b.*sample"),
         (lambda: ng.GaussianTask.from_samples(X[0], Y[0]), ValueError, r"\b[xy]\b must have"),
         (lambda: ng.GaussianTask.from_samples(X, Y.astype(np.float32)), TypeError, r"y has dtype float32, but x has"),
-        (lambda: ng.GaussianTask.from_samples(X, Y, noise_covariance=[[1.0]]), TypeError, r"noise_covariance must be an array"),
-        (lambda: ng.GaussianTask.from_samples(X, Y, noise_covariance=EYE2), ValueError, r"noise_covariance|cross_moment"),
+        (
+            lambda: ng.GaussianTask.from_samples(X, Y, noise_covariance=[[1.0]]),
+            TypeError,
+            r"noise_covariance must be an array",
+        ),
+        (
+            lambda: ng.GaussianTask.from_samples(X, Y, noise_covariance=EYE2),
+            ValueError,
+            r"noise_covariance|cross_moment",
+        ),
         (lambda: ng.GaussianTask.from_samples(np.where(X > 2, np.nan, X), Y), ValueError, r"must be finite, got NaN"),
         (lambda: ng.GaussianTask.from_moments(X, 2), TypeError, r"joint must be a Moments .* got a numpy array"),
-        (lambda: ng.GaussianTask.from_moments(ng.Moments.from_samples(X), 0), ValueError, r"n_inputs must be an integer from 1 to 3, got 0"),
-        (lambda: ng.GaussianTask.from_moments(ng.Moments.from_samples(X), 4), ValueError, r"n_inputs must be an integer from 1 to 3, got 4"),
-        (lambda: ng.GaussianTask.from_moments(ng.Moments.from_samples(X), 2.0), ValueError, r"n_inputs must be an integer .* got 2.0"),
-        (lambda: ng.GaussianTask.from_moments(ng.Moments.from_samples(X), True), ValueError, r"n_inputs must be an integer .* got True"),
+        (
+            lambda: ng.GaussianTask.from_moments(ng.Moments.from_samples(X), 0),
+            ValueError,
+            r"n_inputs must be an integer from 1 to 3, got 0",
+        ),
+        (
+            lambda: ng.GaussianTask.from_moments(ng.Moments.from_samples(X), 4),
+            ValueError,
+            r"n_inputs must be an integer from 1 to 3, got 4",
+        ),
+        (
+            lambda: ng.GaussianTask.from_moments(ng.Moments.from_samples(X), 2.0),
+            ValueError,
+            r"n_inputs must be an integer .* got 2.0",
+        ),
+        (
+            lambda: ng.GaussianTask.from_moments(ng.Moments.from_samples(X), True),
+            ValueError,
+            r"n_inputs must be an integer .* got True",
+        ),
         (
             lambda: ng.GaussianTask.from_moments(ng.Moments.from_samples(X), 2, noise_covariance=EYE3),
             ValueError,
             r"noise_covariance|cross_moment",
         ),
         (lambda: ng.GaussianTask.from_modes(EYE3, [1.0], EYE3), TypeError, r"singular_values must be an array"),
-        (lambda: ng.GaussianTask.from_modes(EYE3, np.ones(2), EYE3), ValueError, r"singular_values must have shape \(\*batch, 3\)"),
-        (lambda: ng.GaussianTask.from_modes(EYE3, np.ones(3), EYE3[:, :2]), ValueError, r"right must have as many columns as left has \(3\)"),
+        (
+            lambda: ng.GaussianTask.from_modes(EYE3, np.ones(2), EYE3),
+            ValueError,
+            r"singular_values must have shape \(\*batch, 3\)",
+        ),
+        (
+            lambda: ng.GaussianTask.from_modes(EYE3, np.ones(3), EYE3[:, :2]),
+            ValueError,
+            r"right must have as many columns as left has \(3\)",
+        ),
         (lambda: ng.GaussianTask.from_modes(np.ones(3), np.ones(3), EYE3), ValueError, r"left must have shape"),
-        (lambda: ng.GaussianTask.from_modes(EYE3, np.ones(3), EYE3, input_moment=EYE2), ValueError, r"input_moment|right|cross"),
-        (lambda: ng.GaussianTask.from_modes(EYE3, np.ones(3, np.float32), EYE3), TypeError, r"singular_values has dtype float32"),
+        (
+            lambda: ng.GaussianTask.from_modes(EYE3, np.ones(3), EYE3, input_moment=EYE2),
+            ValueError,
+            r"input_moment|right|cross",
+        ),
+        (
+            lambda: ng.GaussianTask.from_modes(EYE3, np.ones(3, np.float32), EYE3),
+            TypeError,
+            r"singular_values has dtype float32",
+        ),
     ],
 )
 def test_bad_arguments_of_constructors(call, error, message):
@@ -427,7 +505,12 @@ def test_it_does_not_change_with_the_arrays_it_was_made_from():
     assert pickle.dumps(task) == before
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.library in ("array_api_compat.numpy", "array_api_compat.torch", "jax.numpy")], ids=str, indirect=True)
+@pytest.mark.parametrize(
+    "backend",
+    [b for b in BACKENDS if b.library in ("array_api_compat.numpy", "array_api_compat.torch", "jax.numpy")],
+    ids=str,
+    indirect=True,
+)
 def test_pickle(backend):
     problem = case("dead inputs 3")
     weights, arrays = problem.on(backend)

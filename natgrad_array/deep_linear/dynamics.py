@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from natgrad_array._arrays import Array, Namespace
 from natgrad_array.deep_linear.task import GaussianTask
 
 
+@_arrays.quiet
 def natural_gradient_flow(end_to_end: Array, task: GaussianTask, time: float | Array, /) -> Array:
     r"""End-to-end matrix under natural gradient flow, W* + exp(−t)(W_0 − W*).
 
@@ -59,6 +61,7 @@ def natural_gradient_flow(end_to_end: Array, task: GaussianTask, time: float | A
     return end_to_end - moved * (factors.noise_root @ error @ factors.input_root_pinv)
 
 
+@_arrays.quiet
 def natural_gradient_flow_modes(initial: Array, target: Array, time: float | Array, /) -> Array:
     r"""Modes under natural gradient flow, da/dt = s − a.
 
@@ -97,6 +100,7 @@ def natural_gradient_flow_modes(initial: Array, target: Array, time: float | Arr
     return initial - (target - initial) * xp.expm1(-time)
 
 
+@_arrays.quiet
 def gradient_flow_modes(initial: Array, target: Array, time: float | Array, /, *, depth: int) -> Array:
     r"""Modes of an aligned balanced network under gradient flow.
 
@@ -152,11 +156,16 @@ def gradient_flow_modes(initial: Array, target: Array, time: float | Array, /, *
     power = 2.0 - 2.0 / depth
     faded = a / (1.0 + power * depth * time * a**power) ** (1.0 / power)
     if depth == 2:
-        rest = xp.exp(-2.0 * s * time)
+        due = 2.0 * s * time
+        rest = xp.exp(-due)
+        span = 2.0 * time * xp.where(due > 0.0, -xp.expm1(-due) / xp.where(due > 0.0, due, 1.0), 1.0)
         # Nothing grows from zero, not even when the exponential underflows.
-        grown = a / xp.where((a == 0.0) & (rest == 0.0), 1.0, rest + a * (1.0 - rest) / s)
+        grown = a / xp.where((a == 0.0) & (rest == 0.0), 1.0, rest + a * span)
     else:
-        grown = s * _invert_time(xp, (a / s) ** (1.0 / depth), s**power * time, depth) ** depth
+        # Far above its target a mode does not feel it yet.
+        learned = learned & (faded * _arrays.eps(xp, a) < s)
+        start = xp.where(learned, a / s, a)
+        grown = s * _invert_time(xp, start ** (1.0 / depth), s**power * time, depth) ** depth
     return xp.where(learned, grown, faded)
 
 
@@ -212,7 +221,7 @@ def _invert_time(xp: Namespace, start: Array, elapsed: Array, depth: int) -> Arr
     Bisection in ln x, between where it starts and its fixed point 1. Zero stays zero.
     """
     alive = start > 0.0
-    first = xp.log(xp.where(alive, start, 1.0)) + 0.0 * elapsed
+    first = xp.log(xp.where(alive, start, 1.0)) + xp.zeros_like(elapsed)
     due = _time_to_reach(xp, first, depth) + elapsed
     rising = first < 0.0
     rounds = xp.zeros((), dtype=first.dtype, device=_arrays.device(first))
@@ -234,14 +243,31 @@ def _invert_time(xp: Namespace, start: Array, elapsed: Array, depth: int) -> Arr
 
 
 def _time_to_reach(xp: Namespace, log_x: Array, depth: int) -> Array:
-    """The antiderivative of 1 / (x^{L−1} (1 − x^L)), by partial fractions, for L ≥ 3."""
-    x = xp.exp(log_x)
-    total = xp.exp((2 - depth) * log_x) / (2 - depth)
-    gap = xp.abs(xp.expm1(log_x))
-    total = total - xp.where(gap > 0.0, xp.log(xp.where(gap > 0.0, gap, 1.0)), -xp.inf) / depth
-    for k in range(1, depth):
-        angle = 2.0 * math.pi * k / depth
+    """The antiderivative of 1 / (x^{L−1} (1 − x^L)) for L ≥ 3: partial fractions, and beyond x = 2 a series.
+
+    Far from 1 the partial fractions cancel; there the integrand is −Σ_k x^{−(2L−1)−kL}.
+    """
+    near = xp.where(log_x < math.log(2.0), log_x, 0.5 * math.log(2.0))
+    x = xp.exp(near)
+    close = xp.exp((2 - depth) * near) / (2 - depth)
+    gap = xp.abs(xp.expm1(near))
+    close = close - xp.where(gap > 0.0, xp.log(xp.where(gap > 0.0, gap, 1.0)), -xp.inf) / depth
+    for angle in (2.0 * math.pi * k / depth for k in range(1, depth)):
         real, imaginary = 1.0 - math.cos(angle) * x, math.sin(angle) * x
         log_modulus = 0.5 * xp.log(real * real + imaginary * imaginary)
-        total = total - (math.cos(2 * angle) * log_modulus - math.sin(2 * angle) * xp.atan2(imaginary, real)) / depth
+        close = close - (math.cos(2 * angle) * log_modulus - math.sin(2 * angle) * xp.atan2(imaginary, real)) / depth
+    far = xp.where(log_x < math.log(2.0), math.log(2.0), log_x)
+    exponents = [2 * depth - 2 + k * depth for k in range(56 // depth + 2)]
+    distant = sum(xp.exp(-power * far) / power for power in exponents)
+    # Both start from the same zero: x = 2 in the one is x = 2 in the other.
+    seam = _partial_fractions_at_two(depth) - sum(2.0**-power / power for power in exponents)
+    return xp.where(log_x < math.log(2.0), close - seam, distant)
+
+
+def _partial_fractions_at_two(depth: int) -> float:
+    """The partial fractions of `_time_to_reach` at x = 2."""
+    total = 2.0 ** (2 - depth) / (2 - depth)
+    for angle in (2.0 * math.pi * k / depth for k in range(1, depth)):
+        value = cmath.log(1.0 - 2.0 * cmath.exp(-1j * angle))
+        total -= (cmath.exp(2j * angle) * value).real / depth
     return total

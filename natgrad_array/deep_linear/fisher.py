@@ -122,6 +122,7 @@ class DeepLinearFisher:
         """P = Σ n_i n_{i-1}."""
         return sum(int(layer.shape[-2] * layer.shape[-1]) for layer in self._layers)
 
+    @_arrays.quiet
     def factors(self, i: int, j: int, /) -> tuple[Array, Array]:
         """Compute the two Kronecker factors of block (i, j).
 
@@ -155,6 +156,7 @@ class DeepLinearFisher:
         ahead, behind, _ = self._products
         return behind[i] @ behind[j].mT, ahead[i] @ ahead[j].mT
 
+    @_arrays.quiet
     def block(self, i: int, j: int, /) -> Array:
         """Compute the dense block between two layers.
 
@@ -193,6 +195,7 @@ class DeepLinearFisher:
         )
         return linalg.kron(self._xp, forward, backward)
 
+    @_arrays.quiet
     def to_dense(self) -> Array:
         """Assemble the whole matrix, for small P.
 
@@ -227,6 +230,7 @@ class DeepLinearFisher:
         root = self._dense_root()
         return root @ root.mT
 
+    @_arrays.quiet
     def matvec(self, tangent: Weights, /) -> tuple[Array, ...]:
         """Multiply a tangent by F with 4L small products.
 
@@ -262,6 +266,7 @@ class DeepLinearFisher:
 
     # --------------------------------------------------------------------------- inverses
 
+    @_arrays.quiet
     def precondition(
         self,
         gradient: Weights,
@@ -417,6 +422,7 @@ class DeepLinearFisher:
 
     # ------------------------------------------------------------------- rank and spectrum
 
+    @_arrays.quiet
     def rank(self) -> Array:
         """Count the directions in which the parameters carry information.
 
@@ -451,6 +457,7 @@ class DeepLinearFisher:
             before = left
         return total
 
+    @_arrays.quiet
     def spectrum(self) -> Array:
         """Compute the eigenvalues of F that can differ from zero, ascending.
 
@@ -490,6 +497,7 @@ class DeepLinearFisher:
         zeros = xp.zeros((*values.shape[:-1], missing), dtype=values.dtype, device=_arrays.device(values))
         return xp.concat([zeros, xp.where(values < 0.0, 0.0, values)], axis=-1)
 
+    @_arrays.quiet
     def logdet(self) -> Array:
         """Compute the logarithm of the product of the nonzero eigenvalues of F.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from natgrad_array import _arrays
 from natgrad_array._arrays import Array
 from natgrad_array.deep_linear.fisher import DeepLinearFisher, fisher
 from natgrad_array.deep_linear.products import Weights
 from natgrad_array.deep_linear.task import GaussianTask
 
 
+@_arrays.quiet
 def natural_gradient(
     weights: Weights,
     task: GaussianTask,
@@ -75,6 +77,7 @@ def natural_gradient(
     return fisher(weights, task)._natural_gradient(inverse, rtol, method)
 
 
+@_arrays.quiet
 def exact_velocity(weights: Weights, task: GaussianTask, /) -> Array:
     r"""Velocity of the end-to-end matrix under every natural gradient, in closed form.
 
@@ -116,6 +119,7 @@ def exact_velocity(weights: Weights, task: GaussianTask, /) -> Array:
     return task.factors.noise_root @ f._exact_velocity() @ task.factors.input_root_pinv
 
 
+@_arrays.quiet
 def projections(weights: Weights, task: GaussianTask, /) -> tuple[tuple[Array, Array], ...]:
     r"""Projections of each layer that bend the layerwise rule.
 

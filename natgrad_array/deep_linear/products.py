@@ -83,6 +83,7 @@ class Products(NamedTuple):
     """The whitened error R⁻¹(W* − W) S, (*batch, n_L, ρ)."""
 
 
+@_arrays.quiet
 def products(layers: tuple[Array, ...], task: GaussianTask) -> Products:
     """Every product once: 2 (L − 1) of them, and one for the error."""
     factors = task.factors
@@ -95,6 +96,7 @@ def products(layers: tuple[Array, ...], task: GaussianTask) -> Products:
     return Products(tuple(reversed(ahead)), tuple(behind), error)
 
 
+@_arrays.quiet
 def end_to_end(weights: Weights, /) -> Array:
     """Product of the layers, W = W_L ⋯ W_1.
 
@@ -132,6 +134,7 @@ def end_to_end(weights: Weights, /) -> Array:
     return product
 
 
+@_arrays.quiet
 def end_to_end_velocity(weights: Weights, direction: Weights, /) -> Array:
     r"""Velocity of the end-to-end matrix when every layer moves, Σ W_i^a d_i W_i^b.
 
@@ -174,6 +177,7 @@ def end_to_end_velocity(weights: Weights, direction: Weights, /) -> Array:
     return velocity
 
 
+@_arrays.quiet
 def end_to_end_kernel(weights: Weights, /) -> Array:
     r"""The kernel AᵀA of the product map, which turns gradient flow into a flow of W.
 
@@ -266,6 +270,7 @@ def loss(weights: Weights, task: GaussianTask, /) -> Array:
     return excess_loss(weights, task) + task.factors.minimum_loss
 
 
+@_arrays.quiet
 def excess_loss(weights: Weights, task: GaussianTask, /) -> Array:
     r"""How far the loss is above its minimum, ½ ‖Σ̃^{-1/2} (W − W*) Σ^{1/2}‖².
 
@@ -304,6 +309,7 @@ def excess_loss(weights: Weights, task: GaussianTask, /) -> Array:
     return 0.5 * xp.sum(error * error, axis=(-2, -1))
 
 
+@_arrays.quiet
 def gradient(weights: Weights, task: GaussianTask, /) -> tuple[Array, ...]:
     r"""Gradient of the loss in every layer, ∂loss/∂W_i = −W_i^aᵀ Σ̃⁻¹ (M − WΣ) W_i^bᵀ.
 
@@ -387,6 +393,7 @@ def regime(weights: Weights, task: GaussianTask | None = None, /) -> str:
     return "intermediate" if narrowest >= min(n_in, n_out) else "bottleneck"
 
 
+@_arrays.quiet
 def balancedness(weights: Weights, /) -> tuple[Array, ...]:
     r"""W_{i+1}ᵀ W_{i+1} − W_i W_iᵀ between neighbouring layers.
 

@@ -139,7 +139,9 @@ class GaussianTask:
         array([[3., 0.],
                [0., 3.]])
         """
-        xp = _arrays.check_arrays({"x": x, "y": y, "noise_covariance": noise_covariance}, integers=True)
+        xp = _arrays.check_arrays(
+            {"x": x, "y": y, "noise_covariance": noise_covariance}, integers=True, optional=("noise_covariance",)
+        )
         x, y, noise_covariance = _arrays.promote(xp, x, y, noise_covariance)
         cross = second_moment(y, x)
         if noise_covariance is None:
@@ -187,7 +189,9 @@ class GaussianTask:
         features = moment.shape[-1]
         if not isinstance(n_inputs, int) or isinstance(n_inputs, bool) or not 0 < n_inputs < features:
             raise ValueError(f"n_inputs must be an integer from 1 to {features - 1}, got {n_inputs!r}")
-        xp = _arrays.check_arrays({"joint": moment, "noise_covariance": noise_covariance})
+        xp = _arrays.check_arrays(
+            {"joint": moment, "noise_covariance": noise_covariance}, optional=("noise_covariance",)
+        )
         if noise_covariance is None:
             noise_covariance = _arrays.eye(xp, features - n_inputs, moment)
         return cls(
@@ -250,7 +254,8 @@ class GaussianTask:
                 "right": right,
                 "input_moment": input_moment,
                 "noise_covariance": noise_covariance,
-            }
+            },
+            optional=("input_moment", "noise_covariance"),
         )
         _arrays.check_matrix("left", left)
         _arrays.check_matrix("right", right)
@@ -374,7 +379,8 @@ _MOMENTS = ("input_moment", "noise_covariance", "cross_moment", "output_moment")
 
 def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Array], TaskFactors]:
     """Check the values (unless lazy), turn bad members to NaN, and factorise."""
-    moments = dict(moments)
+    # A copy: what the caller does to its array later must not reach the task.
+    moments = moments | {"cross_moment": moments["cross_moment"] + 0.0}
     like = moments["cross_moment"]
     lazy = any(_arrays.is_lazy(array) for array in moments.values())
     precision = _arrays.eps(xp, like)
