@@ -304,12 +304,12 @@ def by_halving(
     Libraries that raise do not say which member failed, so the stack is halved until every
     failure is alone; `alone` then gives its factors, with a batch axis of length one.
     """
-    errors: tuple[type[Exception], ...] = (np.linalg.LinAlgError,)
-    if compat.is_torch_array(a):
-        errors = (sys.modules["torch"].linalg.LinAlgError,)
     try:
         return tuple(factorise(a))
-    except errors:
+    except (ValueError, RuntimeError) as error:
+        # NumPy's is a ValueError, torch's a RuntimeError.
+        if not type(error).__name__.endswith("LinAlgError"):
+            raise
         flat = xp.reshape(a, (-1, *a.shape[-2:]))
         if flat.shape[0] == 1:
             parts = alone(flat)
