@@ -31,6 +31,7 @@ class PreconditionerCheck(NamedTuple):
     length: Array
 
 
+@_arrays.quiet
 def check_preconditioner(
     apply: Callable[[tuple[Array, ...]], Any], weights: Weights, task: dl.GaussianTask, /
 ) -> PreconditionerCheck:

@@ -15,6 +15,7 @@ UNDECIDED = 0.1
 """A tolerance above this says that precision cannot decide a claim."""
 
 
+@_arrays.quiet
 def verify(weights: Weights, task: dl.GaussianTask, /) -> Report:
     """Put every claim of the theory to the test on a network or an ensemble.
 
