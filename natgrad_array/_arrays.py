@@ -290,15 +290,16 @@ def cholesky(xp: Namespace, a: Array) -> Array:
     NumPy's public function raises for a whole stack and computes float32 in float64; the
     generalised ufunc behind it writes NaN into the members that fail and keeps the dtype.
     """
-    if compat.is_torch_array(a):
+    kernel = getattr(getattr(np.linalg, "_umath_linalg", None), "cholesky_lo", None)
+    if compat.is_numpy_array(a):
+        if kernel is not None:
+            with np.errstate(all="ignore"):
+                return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
+    elif compat.is_torch_array(a):
         factor, failed = sys.modules["torch"].linalg.cholesky_ex(a)
         return xp.where((failed == 0)[..., None, None], factor, xp.nan)
-    if compat.is_jax_array(a) or compat.is_cupy_array(a):
+    elif compat.is_jax_array(a) or compat.is_cupy_array(a):
         return xp.linalg.cholesky(a)
-    kernel = getattr(getattr(np.linalg, "_umath_linalg", None), "cholesky_lo", None)
-    if compat.is_numpy_array(a) and kernel is not None:
-        with np.errstate(all="ignore"):
-            return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
     finite = finite_members(xp, a)
     safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
     (factor,) = by_halving(xp, lambda x: (xp.linalg.cholesky(x),), safe, lambda x: (xp.full_like(x, xp.nan),))
@@ -307,15 +308,15 @@ def cholesky(xp: Namespace, a: Array) -> Array:
 
 def inverse_of_factored(factor: Array) -> Array | None:
     """Inverses of matrices with given lower Cholesky factors by the library's own means, else None."""
+    if compat.is_numpy_array(factor):
+        half = _inverse_lower_in_place(factor)
+        return half.mT @ half
     if compat.is_torch_array(factor):
         return sys.modules["torch"].cholesky_inverse(factor)
     if compat.is_jax_array(factor):
         jax = sys.modules["jax"]
         identity = jax.numpy.broadcast_to(jax.numpy.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
         half = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-        return half.mT @ half
-    if compat.is_numpy_array(factor):
-        half = _inverse_lower_in_place(factor)
         return half.mT @ half
     return None
 

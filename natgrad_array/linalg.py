@@ -250,18 +250,23 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     "auto" inverts through Cholesky factors and decomposes only the members without a
     certificate. On eager arrays two or three scalars say how many these are.
     """
-    a = symmetric_part(a)
     if method == "eigh" or 0 in a.shape:
         return _pinvh_eigh(xp, a, rtol)
-    factor = _arrays.cholesky(xp, a)
-    factored = _is_factor(xp, factor, a)
+    # To unit size, so that squares of entries stay in the range of the dtype.
+    scale = xp.max(xp.abs(xp.linalg.diagonal(a)), axis=-1)[..., None, None]
+    scale = xp.where(scale > 0.0, scale, 1.0)
+    unit = a + a.mT
+    unit *= 0.5 / scale
+    factor = _arrays.cholesky(xp, unit)
+    factored = _is_factor(xp, factor, unit)
     if method == "auto" and _arrays.eager_any(xp, factored) is False:
         return _pinvh_eigh(xp, a, rtol)
     inverse = _arrays.inverse_of_factored(factor)
     if inverse is None:
         half = inverse_lower(xp, factor)
         inverse = half.mT @ half
-    certified = factored & _is_above_cutoff(xp, a, inverse, rtol)
+    certified = factored & _is_above_cutoff(xp, unit, inverse, rtol)
+    inverse /= scale
     if method == "cholesky":
         return xp.where(certified[..., None, None], inverse, xp.nan)
     if not (rtol is None or isinstance(rtol, float)):
@@ -270,7 +275,7 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
 
 
 def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
-    values, vectors, kept = eigh_kept(xp, a, rtol)
+    values, vectors, kept = eigh_kept(xp, symmetric_part(a), rtol)
     return symmetric_part((vectors * reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT)
 
 
@@ -291,7 +296,6 @@ def _is_above_cutoff(xp: Namespace, a: Array, inverse: Array, rtol: float | Arra
     A factorisation that succeeds proves nothing about rank, but the inverse it gives
     does: λ_max ≤ ‖A‖ and λ_min ≥ 1/‖A⁻¹‖, so ‖A‖·‖A⁻¹‖ < 1/rtol puts every eigenvalue
     above the cut-off. The inverse itself is only known to κ·n·eps, which the margin is for.
-    A member whose squares leave the range of its dtype is not certified.
     """
     cutoff = rank_cutoff(xp, a, rtol)
     cutoff = (cutoff if isinstance(cutoff, float) else cutoff[..., 0]) + 4 * a.shape[-1] * _arrays.eps(xp, a)

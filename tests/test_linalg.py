@@ -1139,3 +1139,36 @@ def test_eigh_that_does_not_converge_is_nan_in_its_member(monkeypatch: pytest.Mo
     bad = np.arange(6) == 1
     np.testing.assert_array_equal(np.isnan(ng.pinvh(x, method="eigh")).all(axis=(1, 2)), bad)
     np.testing.assert_allclose(ng.pinvh(x, method="eigh")[~bad], np.linalg.inv(x)[~bad], rtol=1e-9)
+
+
+# --------------------------------------------------- fast ways of a library, against the standard one
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 31, 33])
+def test_inverse_of_factored_is_the_standard_one(backend: Backend, dtype: str, n: int) -> None:
+    lower = np.linalg.cholesky(positive_definite((2, 3), n)).astype(dtype)
+    fast = backend.call(linalg._arrays.inverse_of_factored, backend.asarray(lower))
+    half = backend.to_numpy(backend.call(lambda x: linalg.inverse_lower(backend.xp, x), backend.asarray(lower)))
+    standard = np.swapaxes(half, -1, -2) @ half
+    tolerance = 1e3 * np.finfo(half.dtype).eps
+    if fast is not None:
+        backend.check(fast, backend.asarray(lower))
+        np.testing.assert_allclose(backend.to_numpy(fast), standard, rtol=0, atol=tolerance * np.abs(standard).max())
+    exact = np.linalg.inv(lower.astype(np.float64) @ np.swapaxes(lower, -1, -2).astype(np.float64))
+    np.testing.assert_allclose(standard, exact, rtol=0, atol=tolerance * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("backend", [each for each in BACKENDS if each.float64], indirect=True, ids=str)
+@pytest.mark.parametrize("n", [4, 9, 40])
+def test_certificate_and_cutoff_agree_at_the_edge(backend: Backend, n: int) -> None:
+    """A smallest eigenvalue just below the cut-off is dropped, one just above is inverted: never in between."""
+    basis = orthogonal(np.random.default_rng(n), n)
+    factors_of_cutoff = np.asarray([0.5, 0.9, 0.99, 1.01, 1.1, 2.0, 30.0, 1e3])
+    spectra = np.ones((factors_of_cutoff.size, n))
+    spectra[:, 0] = 1e-6 * factors_of_cutoff
+    stack = (basis * spectra[:, None, :]) @ basis.T
+    kept = np.where(factors_of_cutoff[:, None] * np.ones(n) > 1.0, 1.0, np.r_[0.0, np.ones(n - 1)])
+    expected = (basis * (kept / spectra)[:, None, :]) @ basis.T
+    found = backend.to_numpy(backend.call(ng.pinvh, backend.asarray((stack + stack.mT) / 2), rtol=1e-6))
+    scale = np.abs(expected).max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=1e-8)

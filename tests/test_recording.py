@@ -93,7 +93,7 @@ CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {
         f"pinvh {method}": lambda b, m=method: deferred(ng.pinvh, psd(b, 5), method=m)
         for method in ("auto", "eigh", "cholesky")
     },
-    "pinvh singular": lambda b: deferred(ng.pinvh, singular(b, 5, 3)),
+    "pinvh singular": lambda b: deferred(ng.pinvh, singular(b, 5, 3), method="eigh"),
     "pinvh empty": lambda b: deferred(ng.pinvh, np.zeros((b, 0, 0))),
     "pinvh integers": lambda b: deferred(ng.pinvh, np.ones((b, 3, 3), dtype=int)),
     "pinvh rtol per member": lambda b: deferred(ng.pinvh, psd(b, 5), rtol=np.full(b, 0.1)),
@@ -270,7 +270,7 @@ def test_array_attributes_exist_in_cupy() -> None:
 
 def test_the_recording_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = record(monkeypatch, lambda: ng.pinvh(np.eye(2)))
-    assert any(call.function == "linalg.eigh" for call in calls)
+    assert any(call.function == "linalg.vecdot" for call in calls)
     assert Call("isdtype", (), 2) in calls
     # The monkeypatch is gone.
     assert isinstance(ng.pinvh(np.eye(2)), np.ndarray)
