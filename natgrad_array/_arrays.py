@@ -504,8 +504,7 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
     """
     if isinstance(rng, bool) or rng is None:
         raise TypeError(f"rng must be a generator, a key, an integer seed or an array of noise, got {describe(rng)}")
-    if isinstance(rng, int | np.integer):
-        rng = np.random.default_rng(rng)
+    rng = _from_seed(rng)
     if isinstance(rng, np.random.Generator):
         if is_lazy(like):
             raise TypeError(
@@ -530,6 +529,15 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
     raise TypeError(f"rng must be a generator, a key, an integer seed or an array of noise, got {describe(rng)}")
 
 
+def _from_seed(rng: Any) -> Any:
+    """An integer seed as a NumPy generator; every other source as it is."""
+    if not isinstance(rng, int | np.integer) or isinstance(rng, bool):
+        return rng
+    if rng < 0:
+        raise ValueError(f"rng must be at least 0 when it is a seed, got {rng}")
+    return np.random.default_rng(rng)
+
+
 def _check_rng_library(fits: bool, rng: Any, like: Array) -> None:
     if not fits:
         raise TypeError(f"rng must draw arrays of the library in use, got {describe(rng)} beside {describe(like)}")
@@ -544,8 +552,9 @@ def _is_jax_key(rng: Any) -> bool:
 
 def split_rng(rng: Any, count: int) -> list[Any]:
     """`count` sources of randomness from one; generators advance, keys are split."""
-    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        rng = np.random.default_rng(rng)
+    rng = _from_seed(rng)
     if _is_jax_key(rng):
         return list(sys.modules["jax"].random.split(rng, count))
+    if count > 1 and compat.is_array_api_obj(rng):
+        raise TypeError(f"rng must be a generator, a key or an integer seed to draw {count} times, got {describe(rng)}")
     return [rng] * count

@@ -163,6 +163,8 @@ def precondition(
     kept = kept_lam[..., :, None] & kept_mu[..., None, :]
     scale = lam[..., :, None] * mu[..., None, :] + damping
     rotated = u.mT @ grad @ v
+    # Moments have no negative eigenvalues; where those of other matrices meet the damping, nothing solves.
+    scale = xp.where(kept & (scale == 0.0), xp.nan, scale)
     solved = xp.where(kept, rotated / xp.where(kept, scale, 1.0), 0.0)
     return u @ xp.where(xp.isnan(rotated + scale), xp.nan, solved) @ v.mT
 

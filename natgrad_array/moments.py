@@ -179,6 +179,7 @@ def covariance(
     """
     xp, x, weights = _check_weighted_samples(x, weights)
     _check_number("correction", correction)
+    correction = float(correction)
     if not isinstance(assume_centered, bool):
         raise TypeError(f"assume_centered must be True or False, got {_arrays.describe(assume_centered)}")
     if isinstance(shrinkage, str):
@@ -458,6 +459,7 @@ class Moments(NamedTuple):
             If it is negative or not finite.
         """
         _check_number("correction", correction)
+        correction = float(correction)
         xp = _arrays.check_arrays({"self": self.mean})
         weight = xp.where(self.weight > 0.0, self.weight, xp.nan)
         divisor = weight - correction * self.weight_squared / weight

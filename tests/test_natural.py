@@ -484,3 +484,15 @@ def test_peak_memory_of_an_ensemble(inverse, dtype):
     finally:
         tracemalloc.stop()
     assert peak <= 6 * sum(w.nbytes for w in weights)
+
+
+@pytest.mark.parametrize("method", ["auto", "eigh"])
+@pytest.mark.parametrize("small", [1e-4, 1e-9])
+def test_exact_gives_what_a_cutoff_drops_to_the_other_layers(small: float, method: str) -> None:
+    """One layer is cut at a direction; the other still realises it whole."""
+    eye = np.eye(2)
+    task = ng.GaussianTask(eye, eye, 2 * eye, 5 * eye)
+    weights = (np.diag([1.0, small]), eye)
+    direction = dl.natural_gradient(weights, task, inverse="exact", rtol=1e-6, method=method)
+    velocity = dl.end_to_end_velocity(weights, direction)
+    np.testing.assert_allclose(velocity, np.diag([1.0, small]) - 2 * eye, atol=1e-12)

@@ -180,7 +180,8 @@ def euler_decay_rate(learning_rate: float | Array, /) -> Any:
     Returns
     -------
     float or array
-        :math:`-2 \ln(1 - \eta) / \eta` per unit of time η · steps: 2 for small steps.
+        :math:`-2 \ln(1 - \eta) / \eta` per unit of time η · steps: 2 for small steps. NaN
+        where an entry of an array is not between 0 and 1.
 
     Raises
     ------
@@ -203,6 +204,7 @@ def euler_decay_rate(learning_rate: float | Array, /) -> Any:
             raise ValueError(f"learning_rate must be between 0 and 1, got {learning_rate}")
         return -2.0 * math.log1p(-learning_rate) / learning_rate
     xp = _arrays.check_arrays({"learning_rate": learning_rate})
+    learning_rate = xp.where((learning_rate > 0.0) & (learning_rate < 1.0), learning_rate, xp.nan)
     return -2.0 * xp.log1p(-learning_rate) / learning_rate
 
 

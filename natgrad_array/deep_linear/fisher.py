@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from natgrad_array import _arrays, linalg
-from natgrad_array._arrays import Array, Shape
+from natgrad_array._arrays import Array, Namespace, Shape
 from natgrad_array.deep_linear import moore_penrose
 from natgrad_array.deep_linear.products import (
     Weights,
@@ -109,6 +109,9 @@ class DeepLinearFisher:
         self._task = task
         self._products = products(self._layers, task)
         self._memory: dict[Any, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeepLinearFisher, (self._layers, self._task)
 
     # ------------------------------------------------------------------------ the matrix
 
@@ -333,13 +336,19 @@ class DeepLinearFisher:
         """E_i⁺ᵀ Y_i X_i⁺ for every layer, where Y_i is its share of the whitened gradient."""
         depth = len(self._layers)
         if inverse == "exact":
-            whitened = self._shares(whitened)
+            whitened = self._shares(whitened, duals)
         scale = 1.0 / depth if inverse == "layerwise" else 1.0
         return tuple(scale * (e @ y @ x.mT) for (e, x), y in zip(duals, whitened, strict=True))
 
-    def _shares(self, whitened: list[Array]) -> list[Array]:
-        """Give each piece of the error to the layers that can realise it, in equal parts."""
-        xp, spaces, depth = self._xp, self._subspaces(), len(self._layers)
+    def _shares(self, whitened: list[Array], duals: list[tuple[Array, Array]]) -> list[Array]:
+        """Give each piece of the error to the layers that can realise it, in equal parts.
+
+        Which layers can is a matter of the inverses in use: what a cut-off drops from one
+        goes to the others.
+        """
+        xp, depth = self._xp, len(self._layers)
+        kept = duals is self._memory.get(("duals", "auto"))
+        spaces = self._subspaces() if kept else _common_bases(xp, self._projectors_of(duals))
         realised_by = spaces.left_count + spaces.right_count - depth
         part = 1.0 / xp.where(realised_by > 0.5, realised_by, 1.0)
         shares = []
@@ -362,33 +371,17 @@ class DeepLinearFisher:
 
     def _projectors(self) -> list[tuple[Array, Array]]:
         """The pairs Q_i, R_i: projectors on range(R⁻¹ W_i^a) and on the row space of W_i^b S."""
+        return self._remember("projectors", lambda: self._projectors_of(self._duals(None, "auto")))
 
-        def compute() -> list[tuple[Array, Array]]:
-            ahead, behind, _ = self._products
-            return [
-                (linalg.symmetric_part(a.mT @ e), linalg.symmetric_part(b.mT @ x))
-                for (e, x), a, b in zip(self._duals(None, "auto"), ahead, behind, strict=True)
-            ]
-
-        return self._remember("projectors", compute)
+    def _projectors_of(self, duals: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+        ahead, behind, _ = self._products
+        return [
+            (linalg.symmetric_part(a.mT @ e), linalg.symmetric_part(b.mT @ x))
+            for (e, x), a, b in zip(duals, ahead, behind, strict=True)
+        ]
 
     def _subspaces(self) -> Subspaces:
-        """Bases that split all nested ranges at once.
-
-        Nested projectors commute, and the eigenvalue of their sum at a direction is the
-        number of layers that reach it: an integer, so the bases are well determined.
-        """
-
-        def compute() -> Subspaces:
-            xp = self._xp
-            (left, right), *others = self._projectors()
-            for q, r in others:
-                left, right = left + q, right + r
-            left_count, u = linalg.eigh(xp, left)
-            right_count, v = linalg.eigh(xp, right)
-            return Subspaces(u, xp.round(left_count)[..., :, None], v, xp.round(right_count)[..., None, :])
-
-        return self._remember("subspaces", compute)
+        return self._remember("subspaces", lambda: _common_bases(self._xp, self._projectors()))
 
     def _duals(self, rtol: float | Array | None, method: str) -> list[tuple[Array, Array]]:
         """E_i⁺ᵀ and X_i⁺ᵀ of every layer."""
@@ -584,6 +577,20 @@ class DeepLinearFisher:
             self._memory[key] = value
         result: T = self._memory[key]
         return result
+
+
+def _common_bases(xp: Namespace, projectors: list[tuple[Array, Array]]) -> Subspaces:
+    """Bases that split all nested ranges at once.
+
+    Nested projectors commute, and the eigenvalue of their sum at a direction is the number
+    of layers that reach it: an integer, so the bases are well determined.
+    """
+    (left, right), *others = projectors
+    for q, r in others:
+        left, right = left + q, right + r
+    left_count, u = linalg.eigh(xp, left)
+    right_count, v = linalg.eigh(xp, right)
+    return Subspaces(u, xp.round(left_count)[..., :, None], v, xp.round(right_count)[..., None, :])
 
 
 def _any_lazy(value: Any) -> bool:
