@@ -258,6 +258,8 @@ def nan_unless_finite(xp: Namespace, array: Array) -> Array:
 
 def is_lazy(array: Array) -> bool:
     """Whether values cannot be looked at: a JAX tracer or a Dask array."""
+    if compat.is_numpy_array(array):
+        return False
     if compat.is_jax_array(array):
         return isinstance(array, sys.modules["jax"].core.Tracer)
     return bool(compat.is_lazy_array(array))
@@ -317,7 +319,8 @@ def inverse_of_factored(factor: Array) -> Array | None:
         jax = sys.modules["jax"]
         identity = jax.numpy.broadcast_to(jax.numpy.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
         half = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-        return half.mT @ half
+        product = half.mT @ half
+        return 0.5 * (product + product.mT)
     return None
 
 
