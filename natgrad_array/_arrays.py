@@ -258,6 +258,8 @@ def nan_unless_finite(xp: Namespace, array: Array) -> Array:
 
 def is_lazy(array: Array) -> bool:
     """Whether values cannot be looked at: a JAX tracer or a Dask array."""
+    if compat.is_numpy_array(array):
+        return False
     if compat.is_jax_array(array):
         return isinstance(array, sys.modules["jax"].core.Tracer)
     return bool(compat.is_lazy_array(array))
