@@ -308,6 +308,28 @@ def cholesky(xp: Namespace, a: Array) -> Array:
     return xp.where(finite, factor, xp.nan)
 
 
+def inverse(xp: Namespace, a: Array) -> Array:
+    """Inverses of square matrices; not finite, or not an inverse at all, in members that have none.
+
+    NumPy's public function raises for a whole stack and computes float32 in float64. What
+    comes out holds for a member whose condition number says so.
+    """
+    kernel = getattr(getattr(np.linalg, "_umath_linalg", None), "inv", None)
+    if compat.is_numpy_array(a) and kernel is not None:
+        with np.errstate(all="ignore"):
+            return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
+    if compat.is_jax_array(a):
+        return xp.linalg.inv(a)
+    finite = finite_members(xp, a)
+    # A NaN can keep a GPU's LU factorisation busy for ever.
+    safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
+    if compat.is_torch_array(a):
+        result, failed = sys.modules["torch"].linalg.inv_ex(safe)
+        return xp.where(finite & (failed == 0)[..., None, None], result, xp.nan)
+    (result,) = by_halving(xp, lambda x: (xp.linalg.inv(x),), safe, lambda x: (xp.full_like(x, xp.nan),))
+    return xp.where(finite, result, xp.nan)
+
+
 def inverse_of_factored(factor: Array) -> Array | None:
     """Inverses of matrices with given lower Cholesky factors by the library's own means, else None."""
     if compat.is_numpy_array(factor):
@@ -329,15 +351,15 @@ def _inverse_lower_in_place(lower: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
     n = lower.shape[-1]
     flat = np.ascontiguousarray(lower).reshape(-1, n, n)
     inverse = np.zeros_like(flat)
-    index = np.arange(n)
     with np.errstate(all="ignore"):
-        inverse[:, index, index] = 1.0 / flat[:, index, index]
-        size = 1
+        whole = n - n % _SMALLEST
+        _substitute(flat[:, :whole, :whole], inverse[:, :whole, :whole], _SMALLEST)
+        _substitute(flat[:, whole:, whole:], inverse[:, whole:, whole:], n % _SMALLEST)
+        size = _SMALLEST
         while size < n:
             whole = n // (2 * size)
             top, bottom = _blocks(inverse, 0, 0, size, whole), _blocks(inverse, size, size, size, whole)
-            corner = _blocks(flat, size, 0, size, whole)
-            product = bottom * corner * top if size == 1 else bottom @ (corner @ top)
+            product = bottom @ (_blocks(flat, size, 0, size, whole) @ top)
             np.negative(product, out=_blocks(inverse, size, 0, size, whole))
             start = 2 * size * whole
             if n - start > size:
@@ -346,6 +368,35 @@ def _inverse_lower_in_place(lower: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
                 inverse[:, right, left] = -(inverse[:, right, right] @ (flat[:, right, left] @ inverse[:, left, left]))
             size *= 2
     return inverse.reshape(lower.shape)
+
+
+# Below this size a matrix product is all overhead: rows of all blocks are worked on at once.
+_SMALLEST = 4
+
+
+def _substitute(lower: np.ndarray[Any, Any], inverse: np.ndarray[Any, Any], size: int) -> None:
+    """Invert the diagonal blocks of `size` by forward substitution, with blocks on the last axes."""
+    if not lower.shape[-1]:
+        return
+    rows, result = _tiles(lower, size).copy(), _tiles(inverse, size)
+    for i in range(size):
+        pivot = 1.0 / rows[i, i]
+        result[i, i] = pivot
+        for k in range(i):
+            rows[i, k] *= -pivot
+        for j in range(i):
+            total = rows[i, j] * result[j, j]
+            for k in range(j + 1, i):
+                total += rows[i, k] * result[k, j]
+            result[i, j] = total
+
+
+def _tiles(a: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+    """A view of the diagonal blocks, (members, n, n) to (size, size, members, n / size)."""
+    member, down, right = a.strides
+    return np.lib.stride_tricks.as_strided(
+        a, (size, size, a.shape[0], a.shape[-1] // size), (down, right, member, size * (down + right))
+    )
 
 
 def _blocks(a: np.ndarray[Any, Any], row: int, column: int, size: int, count: int) -> np.ndarray[Any, Any]:
@@ -385,49 +436,64 @@ def by_halving(
 _WRITABLE = (compat.is_numpy_array, compat.is_cupy_array, compat.is_torch_array, compat.is_jax_array)
 
 
-def repair(xp: Namespace, flags: Array, values: Array, arguments: tuple[Any, ...], slow: Callable[..., Array]) -> Array:
-    """Give the flagged members of a stack of matrices the result of a slower function.
+def repair(
+    xp: Namespace,
+    flags: Array,
+    values: tuple[Array, ...],
+    arguments: tuple[Array, ...],
+    slow: Callable[..., tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """Give the flagged members of stacks of matrices the results of a slower function.
 
     Parameters
     ----------
     flags : array of bool, shape (*batch,)
         Members whose `values` are not to be used.
-    values : array, shape (*batch, m, n)
-        Results of the fast way.
-    arguments : tuple
-        Arguments of `slow`: arrays with the whole batch shape first, or anything else.
+    values : tuple of arrays, shapes (*batch, m, n)
+        Results of the fast way; batch axes may still have to broadcast.
+    arguments : tuple of arrays, shapes (*batch, m, n)
+        Arguments of `slow`, stacks of matrices; batch axes may still have to broadcast.
     slow : callable
-        Takes the flagged members as a stack with one batch axis, or the whole stack.
+        Takes the flagged members, with one batch axis, or the whole stack; returns a tuple
+        like `values`.
 
     Notes
     -----
     On eager arrays a scalar or two come to the host, and only flagged members are
     computed again. A JAX trace has one conditional for the whole stack.
     """
+    batch = tuple(flags.shape)
+
+    def whole(array: Array) -> Array:
+        return xp.broadcast_to(array, (*batch, *array.shape[-2:]))
+
+    def choose() -> tuple[Array, ...]:
+        flagged = flags[..., None, None]
+        return tuple(xp.where(flagged, new, old) for new, old in zip(slow(*arguments), values, strict=True))
+
     if is_lazy(flags):
-        return sys.modules["jax"].lax.cond(
-            xp.any(flags),
-            lambda: xp.where(flags[..., None, None], slow(*arguments), values),
-            lambda: values,
+        result: tuple[Array, ...] = sys.modules["jax"].lax.cond(
+            xp.any(flags), choose, lambda: tuple(whole(value) for value in values)
         )
+        return result
     if not bool(xp.any(flags)):
         return values
     if bool(xp.all(flags)):
         return slow(*arguments)
     if not any(test(flags) for test in _WRITABLE):
         # The standard has no assignment by index: everything is computed again, and chosen.
-        return xp.where(flags[..., None, None], slow(*arguments), values)
-    batch = tuple(flags.shape)
+        return choose()
     (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)))
 
-    def take(argument: Any) -> Any:
-        if not compat.is_array_api_obj(argument):
-            return argument
-        return xp.take(xp.reshape(argument, (-1, *argument.shape[len(batch) :])), chosen, axis=0)
+    def flat(array: Array) -> Array:
+        return xp.reshape(whole(array), (-1, *array.shape[-2:]))
 
-    flat = xp.reshape(values, (-1, *values.shape[-2:]))
-    flat = xpx.at(flat)[chosen, ...].set(slow(*map(take, arguments)))
-    return xp.reshape(flat, values.shape)
+    # What all members share is not taken apart.
+    parts = [xp.take(flat(array), chosen, axis=0) if array.ndim > 2 else array for array in arguments]
+    return tuple(
+        xp.reshape(xpx.at(flat(old))[chosen, ...].set(new), (*batch, *old.shape[-2:]))
+        for old, new in zip(values, slow(*parts), strict=True)
+    )
 
 
 def while_loop(

@@ -179,6 +179,15 @@ def symmetric_part(a: Array) -> Array:
     return total
 
 
+def matmul(a: Array, b: Array) -> Array:
+    """a @ b, as one product where all members share b."""
+    if b.ndim > 2 or a.ndim < 3:
+        return a @ b
+    xp = _arrays.namespace(a)
+    rows = xp.reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
+    return xp.reshape(rows @ b, (*a.shape[:-1], b.shape[-1]))
+
+
 def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """Eigenvalues (ascending) and eigenvectors, NaN in members that are not finite or do not converge.
 
@@ -263,17 +272,24 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     factored = _is_factor(xp, factor, unit)
     if method == "auto" and _arrays.eager_any(xp, factored) is False:
         return _pinvh_eigh(xp, a, rtol)
-    inverse = _arrays.inverse_of_factored(factor)
-    if inverse is None:
-        half = inverse_lower(xp, factor)
-        inverse = half.mT @ half
-    certified = factored & _is_above_cutoff(xp, unit, inverse, rtol)
+    inverse = _inverse_of_factored(xp, factor)
+    bound = _condition_bound(xp, unit, inverse)
+    cutoff = rank_cutoff(xp, a, rtol)
+    # The inverse itself is only known to κ·n·eps, which the margin is for.
+    cutoff = (cutoff if isinstance(cutoff, float) else cutoff[..., 0]) + 4 * a.shape[-1] * _arrays.eps(xp, a)
+    certified = factored & (bound * cutoff < 1.0)
     inverse /= scale
     if method == "cholesky":
         return xp.where(certified[..., None, None], inverse, xp.nan)
-    if not (rtol is None or isinstance(rtol, float)):
-        rtol = rtol + xp.zeros_like(a[..., 0, 0])
-    return _arrays.repair(xp, ~certified, inverse, (a, rtol), lambda a, rtol: _pinvh_eigh(xp, a, rtol))
+    if rtol is None or isinstance(rtol, float):
+        return _arrays.repair(xp, ~certified, (inverse,), (a,), lambda a: (_pinvh_eigh(xp, a, rtol),))[0]
+    return _arrays.repair(
+        xp,
+        ~certified,
+        (inverse,),
+        (a, rtol[..., None, None] + xp.zeros_like(a[..., :1, :1])),
+        lambda a, rtol: (_pinvh_eigh(xp, a, rtol[..., 0, 0]),),
+    )[0]
 
 
 def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
@@ -292,21 +308,40 @@ def _is_factor(xp: Namespace, factor: Array, a: Array) -> Array:
     return xp.all(xp.abs(rows - diagonal) <= precision * xp.abs(diagonal), axis=-1)
 
 
-def _is_above_cutoff(xp: Namespace, a: Array, inverse: Array, rtol: float | Array | None) -> Array:
-    """Which members are proved to have every eigenvalue above the cut-off.
+def _inverse_of_factored(xp: Namespace, factor: Array) -> Array:
+    inverse = _arrays.inverse_of_factored(factor)
+    if inverse is None:
+        half = inverse_lower(xp, factor)
+        inverse = half.mT @ half
+    return inverse
+
+
+def _condition_bound(xp: Namespace, a: Array, inverse: Array) -> Array:
+    """An upper bound on each member's condition number, which proves its rank.
 
     A factorisation that succeeds proves nothing about rank, but the inverse it gives
-    does: λ_max ≤ ‖A‖ and λ_min ≥ 1/‖A⁻¹‖, so ‖A‖·‖A⁻¹‖ < 1/rtol puts every eigenvalue
-    above the cut-off. The inverse itself is only known to κ·n·eps, which the margin is for.
+    does: λ_max ≤ ‖A‖ and λ_min ≥ 1/‖A⁻¹‖, so ‖A‖·‖A⁻¹‖ < 1/rtol puts every eigenvalue (or
+    singular value) above the cut-off. Inf or NaN where nothing is proved.
     """
-    cutoff = rank_cutoff(xp, a, rtol)
-    cutoff = (cutoff if isinstance(cutoff, float) else cutoff[..., 0]) + 4 * a.shape[-1] * _arrays.eps(xp, a)
-    bound = _frobenius(xp, a) * _frobenius(xp, inverse)
-    return (bound > 0.0) & (bound * cutoff < 1.0)
+    bound = frobenius(xp, a) * frobenius(xp, inverse)
+    return xp.where(bound > 0.0, bound, xp.inf)
 
 
-def _frobenius(xp: Namespace, a: Array) -> Array:
-    """Frobenius norm of each member, an upper bound on its largest eigenvalue."""
+def inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
+    """Inverses of square matrices, and a bound on the condition number that says where to trust them."""
+    result = _arrays.inverse(xp, a)
+    return result, _condition_bound(xp, a, result)
+
+
+def positive_inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
+    """`inverse` of positive definite matrices, through Cholesky factors."""
+    factor = _arrays.cholesky(xp, a)
+    result = _inverse_of_factored(xp, factor)
+    return result, xp.where(_is_factor(xp, factor, a), _condition_bound(xp, a, result), xp.inf)
+
+
+def frobenius(xp: Namespace, a: Array) -> Array:
+    """Frobenius norm of each member, an upper bound on its largest singular value."""
     flat = xp.reshape(a, (*a.shape[:-2], a.shape[-2] * a.shape[-1]))
     return xp.sqrt(xp.linalg.vecdot(flat, flat))
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace, Shape
 from natgrad_array.deep_linear import moore_penrose
+from natgrad_array.deep_linear.duals import duals
 from natgrad_array.deep_linear.products import (
     Weights,
     check_tangent,
@@ -107,7 +108,7 @@ class DeepLinearFisher:
     def __init__(self, weights: Weights, task: GaussianTask) -> None:
         self._xp, self._layers = check_weights(weights, task)
         self._task = task
-        self._products = products(self._layers, task)
+        self._products = products(self._layers, task.factors)
         self._memory: dict[Any, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -387,6 +388,8 @@ class DeepLinearFisher:
         """E_i⁺ᵀ and X_i⁺ᵀ of every layer."""
 
         def compute() -> list[tuple[Array, Array]]:
+            if rtol is None and method == "auto":
+                return duals(self._xp, self._layers, self._task.factors, self._products)[0]
             return [self._dual_pair(i, rtol, method) for i in range(len(self._layers))]
 
         return self._remember(("duals", method), compute) if rtol is None else compute()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array
 from natgrad_array.deep_linear.fisher import DeepLinearFisher, fisher
-from natgrad_array.deep_linear.products import Weights
+from natgrad_array.deep_linear.layerwise import layerwise
+from natgrad_array.deep_linear.products import Weights, check_weights
 from natgrad_array.deep_linear.task import GaussianTask
 
 
@@ -74,6 +75,9 @@ def natural_gradient(
     >>> ng.deep_linear.natural_gradient([one, 4 * one], task)
     (array([[0.25]]), array([[1.]]))
     """
+    if rtol is None and method == "auto" and inverse in ("layerwise", "block_diagonal"):
+        xp, layers = check_weights(weights, task)
+        return layerwise(xp, layers, task.factors, 1.0 / len(layers) if inverse == "layerwise" else 1.0)
     return fisher(weights, task)._natural_gradient(inverse, rtol, method)
 
 

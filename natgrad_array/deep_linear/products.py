@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace, Shape
-from natgrad_array.deep_linear.task import GaussianTask
+from natgrad_array.deep_linear.task import GaussianTask, TaskFactors
 
 Weights = tuple[Any, ...] | list[Any]
 
@@ -84,16 +84,18 @@ class Products(NamedTuple):
 
 
 @_arrays.quiet
-def products(layers: tuple[Array, ...], task: GaussianTask) -> Products:
-    """Every product once: 2 (L − 1) of them, and one for the error."""
-    factors = task.factors
+def products(layers: tuple[Array, ...], factors: TaskFactors) -> Products:
+    """Every product once: 2 (L − 1) of them, and one across the narrowest hidden layer for the error."""
+    depth = len(layers)
     ahead, behind = [factors.noise_root_inverse.mT], [factors.input_root]
     for layer in layers[:0:-1]:
         ahead.append(layer.mT @ ahead[-1])
-    for layer in layers[:-1]:
-        behind.append(layer @ behind[-1])
-    error = factors.target - ahead[-1].mT @ (layers[0] @ behind[0])
-    return Products(tuple(reversed(ahead)), tuple(behind), error)
+    for layer in layers[: max(depth - 1, 1)]:
+        behind.append(linalg.matmul(layer, behind[-1]))
+    ahead.reverse()
+    cut = min(range(len(behind) - 1), key=lambda i: int(layers[i].shape[-2]))
+    error = factors.target - ahead[cut].mT @ behind[cut + 1]
+    return Products(tuple(ahead), tuple(behind[:depth]), error)
 
 
 @_arrays.quiet
@@ -345,7 +347,7 @@ def gradient(weights: Weights, task: GaussianTask, /) -> tuple[Array, ...]:
     (array([[3.]]), array([[1.]]))
     """
     _, layers = check_weights(weights, task)
-    ahead, behind, error = products(layers, task)
+    ahead, behind, error = products(layers, task.factors)
     return tuple(-((e @ error) @ x.mT) for e, x in zip(ahead, behind, strict=True))
 
 

@@ -28,6 +28,8 @@ class TaskFactors(NamedTuple):
     """R⁻¹, (*batch, n_L, n_L)."""
     target: Array
     """The whitened target R⁻¹ M S⁺ᵀ = R⁻¹ W* S, (*batch, n_L, ρ)."""
+    optimum: Array
+    """W*, (*batch, n_L, n_0)."""
     minimum_loss: Array
     """Loss at the optimum, (*batch,)."""
 
@@ -317,8 +319,7 @@ class GaussianTask:
         array([[1., 0.],
                [0., 0.]])
         """
-        f = self.factors
-        return f.noise_root @ f.target @ f.input_root_pinv
+        return self.factors.optimum
 
     def minimum_loss(self) -> Array:
         """Loss at the optimum, ½ tr Σ̃⁻¹(⟨yyᵀ⟩ − M Σ⁺ Mᵀ).
@@ -441,7 +442,8 @@ def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Arra
         if bad.ndim and _arrays.eager_any(xp, bad):
             target = xp.where(bad[..., None, None], xp.nan, target)
     minimum_loss = 0.5 * xp.linalg.trace(root_inverse @ moments["output_moment"] @ root_inverse.mT - target @ target.mT)
-    return moments, TaskFactors(input_root, input_root_pinv, live, root, root_inverse, target, minimum_loss)
+    optimum = root @ target @ input_root_pinv
+    return moments, TaskFactors(input_root, input_root_pinv, live, root, root_inverse, target, optimum, minimum_loss)
 
 
 def _largest_rank(xp: Namespace, kept: Array) -> int:

@@ -1,0 +1,271 @@
+"""Dual factors (x⁺)ᵀ of the products ahead of and behind each layer, by the cheapest exact way.
+
+The layerwise rule (Eq 42) preconditions a layer by the duals of its two factors. A network
+has two chains of factors, each a product that grows by one matrix a layer: Z_0 is a root
+of a covariance with a known inverse, Z_k = step_k Z_{k-1}. The widths alone say how the
+dual of Z_k is had at the least cost when all matrices have the full rank of their shapes,
+and condition numbers say afterwards, member by member, whether they had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from natgrad_array import _arrays, linalg
+from natgrad_array._arrays import Array, Namespace, Shape
+from natgrad_array.deep_linear.products import Products
+from natgrad_array.deep_linear.task import TaskFactors
+
+Pair = tuple[Array, Array]
+
+
+# --------------------------------------------------------------------------------- routes
+
+
+class Route(NamedTuple):
+    """How the dual of Z_k follows from earlier ones, with Z_k of the full rank of its shape.
+
+    From (AB)⁺ = B⁺A⁺ for A of full column and B of full row rank.
+    """
+
+    kind: str
+    """"root": known. "layer": the last step is square and Z_{k-1} has full row rank, so only
+    the step is inverted. "whole": Z_k itself has full row or column rank. "split": the chain
+    was narrowest at `start` < k, and what came after is tall."""
+    start: int
+
+
+def routes(widths: Shape) -> tuple[Route, ...]:
+    """The route to every dual of a chain; `widths` are the rows of Z_0, Z_1, ....
+
+    Examples
+    --------
+    >>> [route.kind for route in routes((8, 8, 6, 7, 9))]
+    ['root', 'layer', 'whole', 'split', 'split']
+    """
+    found = [Route("root", 0)]
+    for k in range(1, len(widths)):
+        narrowest = min(widths[: k + 1])
+        if widths[k - 1] == widths[k] == narrowest:
+            found.append(Route("layer", k - 1))
+        elif narrowest in (widths[0], widths[k]):
+            found.append(Route("whole", k))
+        else:
+            found.append(Route("split", max(i for i in range(k) if widths[i] == narrowest)))
+    return tuple(found)
+
+
+# ----------------------------------------------------------------- factors of full rank
+
+
+class Thin(NamedTuple):
+    """The dual of a factor of full rank in two pieces: core·x if x is wide, x·core if it is tall.
+
+    The core is the inverse of the smaller Gram matrix; for a square x it is the dual itself.
+    """
+
+    x: Array
+    core: Array
+    condition: Array
+    """A bound on the condition number of what was inverted."""
+
+    def times(self, y: Array) -> Array:
+        """(x⁺)ᵀ y."""
+        m, n = self.x.shape[-2:]
+        if m == n:
+            return self.core @ y
+        return self.core @ (self.x @ y) if m < n else self.x @ (self.core @ y)
+
+    def times_from_right(self, y: Array) -> Array:
+        """Y x⁺."""
+        m, n = self.x.shape[-2:]
+        if m == n:
+            return y @ self.core.mT
+        return (y @ self.x.mT) @ self.core if m < n else (y @ self.core) @ self.x.mT
+
+    def matrix(self, xp: Namespace) -> Array:
+        """The dual, with one Newton step that undoes the squaring of the condition number."""
+        m, n = self.x.shape[-2:]
+        if m == n:
+            return self.core
+        if m < n:
+            dual = self.core @ self.x
+            return dual + _residual(xp, dual @ self.x.mT) @ dual
+        dual = self.x @ self.core
+        return dual + dual @ _residual(xp, self.x.mT @ dual)
+
+
+def thin(xp: Namespace, x: Array) -> Thin:
+    """Invert a factor of full rank by its smaller side."""
+    m, n = x.shape[-2:]
+    if m == n:
+        core, condition = linalg.inverse(xp, x)
+        return Thin(x, core.mT, condition)
+    core, condition = linalg.positive_inverse(xp, x @ x.mT if m < n else x.mT @ x)
+    return Thin(x, core, condition)
+
+
+def _residual(xp: Namespace, product: Array) -> Array:
+    return _arrays.eye(xp, product.shape[-1], product) - product
+
+
+# ---------------------------------------------------------------------------------- chains
+
+
+class Chain:
+    """The factors of one side of a network, Z_0 to Z_{L-1}, and their duals.
+
+    Parameters
+    ----------
+    root_dual : array, shape (*batch, m_0, r)
+        (Z_0⁺)ᵀ.
+    steps : list of arrays, shapes (*batch, m_k, m_{k-1})
+        step_1, ....
+    factors : list of arrays, shapes (*batch, m_k, r)
+        Z_0, Z_1, ....
+    square : list of callables
+        For each step, a function of no arguments that gives its `Thin` form; it is called
+        for square steps, which the other side of the network may invert too.
+    """
+
+    def __init__(
+        self,
+        xp: Namespace,
+        root_dual: Array,
+        steps: list[Array],
+        factors: list[Array],
+        square: list[Callable[[], Thin]],
+    ) -> None:
+        self.xp, self.steps, self.factors, self.square = xp, steps, factors, square
+        self.root_dual = root_dual
+        # The rank of the root is its number of columns.
+        self.widths = (int(factors[0].shape[-1]), *(int(step.shape[-2]) for step in steps))
+        found = routes(self.widths)
+        # A root with fewer columns than rows has not the full row rank that "layer" asks for.
+        first_is_whole = len(found) > 1 and found[1].kind == "layer" and steps[0].shape[-1] != self.widths[0]
+        self.routes = (found[0], Route("whole", 1), *found[2:]) if first_is_whole else found
+        self._pieces: dict[int, Thin] = {}
+
+    def rank(self, k: int) -> int:
+        """The largest rank that the shapes behind Z_k allow."""
+        return min(self.widths[: k + 1])
+
+    def is_tall(self, k: int) -> bool:
+        """Whether the dual of Z_k ends on a product that makes a matrix larger."""
+        x = self.piece(k).x
+        return self.routes[k].kind == "split" or (k > 0 and x.shape[-2] > x.shape[-1])
+
+    def rounding(self, k: int) -> float:
+        """Relative rounding of Z_k, which grows with the lengths of all sums behind it."""
+        return sum(self.widths[: k + 1]) * _arrays.eps(self.xp, self.factors[k])
+
+    def piece(self, k: int) -> Thin:
+        """What is inverted for Z_k beyond what its route starts from."""
+        if k not in self._pieces:
+            kind, start = self.routes[k]
+            if kind == "layer":
+                self._pieces[k] = self.square[k - 1]()
+            elif kind == "whole":
+                self._pieces[k] = thin(self.xp, self.factors[k])
+            else:
+                step = self.steps[k - 1]
+                self._pieces[k] = thin(self.xp, step if start == k - 1 else step @ self.piece(k - 1).x)
+        return self._pieces[k]
+
+    def duals(self) -> tuple[list[Array], Array | None]:
+        """The duals of Z_1, Z_2, ..., and which members have them to the rounding of Z_k itself."""
+        xp, found, certified = self.xp, [self.root_dual], None
+        for k in range(1, len(self.widths)):
+            piece, (kind, start) = self.piece(k), self.routes[k]
+            matrix = piece.matrix(xp)
+            found.append(matrix if kind == "whole" else matrix @ found[start])
+            epsilon = _arrays.eps(xp, matrix)
+            if piece.x.shape[-1] == piece.x.shape[-2]:
+                limit = 1.0 / (self.rounding(k) + 16 * self.widths[k] * epsilon)
+            else:
+                # The Newton step squares the relative error of the Gram matrix's inverse.
+                limit = epsilon**-0.5
+            holds = piece.condition < limit
+            certified = holds if certified is None else certified & holds
+        return found[1:], certified
+
+
+def chains(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, products: Products
+) -> tuple[Chain, Chain, Array | bool]:
+    """The chains of the factors ahead, E_L to E_1, and behind, X_1 to X_L.
+
+    The third value says for which members the roots have the rank of their shapes, on
+    which all routes stand.
+    """
+    inverses: dict[int, Pair] = {}
+
+    def inverse(i: int) -> Pair:
+        if i not in inverses:
+            inverses[i] = linalg.inverse(xp, layers[i])
+        return inverses[i]
+
+    def ahead(i: int) -> Thin:
+        core, condition = inverse(i)
+        return Thin(layers[i].mT, core, condition)
+
+    def behind(i: int) -> Thin:
+        core, condition = inverse(i)
+        return Thin(layers[i], core.mT, condition)
+
+    depth = len(layers)
+    left = Chain(
+        xp,
+        factors.noise_root,
+        [layer.mT for layer in layers[:0:-1]],
+        list(products.ahead[::-1]),
+        [partial(ahead, i) for i in range(depth - 1, 0, -1)],
+    )
+    right = Chain(
+        xp,
+        factors.input_root_pinv.mT,
+        list(layers[:-1]),
+        list(products.behind),
+        [partial(behind, i) for i in range(depth - 1)],
+    )
+    return left, right, full_roots(xp, factors)
+
+
+def full_roots(xp: Namespace, factors: TaskFactors) -> Array | bool:
+    """Which members of a task have the full rank that the columns of S stand for."""
+    basis = factors.input_basis
+    if basis.ndim == 2 and not _arrays.is_lazy(basis):
+        return True  # the columns of a single task were counted when it was made
+    return xp.all(xp.any(basis != 0.0, axis=-2), axis=-1)
+
+
+# ------------------------------------------------------------------------- explicit duals
+
+
+def duals(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, products: Products
+) -> tuple[list[Pair], Array | bool]:
+    """(E_i⁺)ᵀ and (X_i⁺)ᵀ of every layer, at any rank, and for which members all have full rank.
+
+    Ranks are decided on singular values at the rounding of the products, below the rank
+    that the shapes allow; only members without a certificate of full rank take them.
+    """
+    depth = len(layers)
+    left, right, full = chains(xp, layers, factors, products)
+    if depth == 1:
+        return [(left.root_dual, right.root_dual)], full
+    ahead, left_full = left.duals()
+    behind, right_full = right.duals()
+    certified = left_full & right_full & full
+    cuts = [(chain.rank(k), chain.rounding(k)) for chain in (left, right) for k in range(1, depth)]
+
+    def decompose(*arrays: Array) -> tuple[Array, ...]:
+        return tuple(linalg.dual(xp, x, *cut) for x, cut in zip(arrays, cuts, strict=True))
+
+    found = _arrays.repair(
+        xp, ~certified, (*ahead, *behind), (*left.factors[1:], *right.factors[1:]), decompose
+    )
+    ahead, behind = [left.root_dual, *found[: depth - 1]], [right.root_dual, *found[depth - 1 :]]
+    return list(zip(reversed(ahead), behind, strict=True)), certified
