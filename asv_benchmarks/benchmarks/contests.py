@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -290,7 +291,10 @@ def _sampled(backend: Backend, dtype: str, sizes: tuple[int, ...], n: int) -> tu
 
 
 def fisher_matvec(backend: Backend, dtype: str, *, sizes: tuple[int, ...], n: int) -> list[Contestant]:
-    """F times a vector. Eager libraries have F made before; what JAX compiles begins at the weights, as its peer does."""
+    """F times a vector.
+
+    Eager libraries have F made before; what JAX compiles begins at the weights, as its peer does.
+    """
     xp = backend.xp
     layers, tangent, x, task = _sampled(backend, dtype, sizes, n)
     partial = peers.partial_products(layers, task.input_moment)
@@ -320,7 +324,7 @@ def fisher_dense(backend: Backend, dtype: str, *, sizes: tuple[int, ...], n: int
     if backend.name in ("torch", "jax"):
         autodiff = functools.partial(peers.autodiff_dense, xp)
         entries.append(Contestant("jvp and vjp", "written", autodiff, (layers, x)))
-    root = backend.asarray(np.ones((sum(m * k for m, k in zip(sizes, sizes[1:], strict=False)), 1), dtype=dtype))
+    root = backend.asarray(np.ones((sum(m * k for m, k in itertools.pairwise(sizes)), 1), dtype=dtype))
     return [*entries, Contestant("a write of P × P", "product", lambda c: c @ c.mT, (root,))]
 
 
@@ -420,6 +424,17 @@ CONTESTS: dict[str, Contest] = {
     "fisher-matvec": Contest("F.matvec", fisher_matvec, FISHER, tuple(FISHER)),
     "fisher-dense": Contest("F.to_dense", fisher_dense, FISHER),
 }
+
+
+def entries(name: str, library: str, dtype: str, label: str) -> list[Contestant]:
+    """The contestants of one contest on one problem."""
+    contest = CONTESTS[name]
+    return contest.enter(backends.connect(library), dtype, **contest.cases[label])
+
+
+def ours(name: str, backend: Backend, dtype: str, label: str) -> Contestant:
+    """Our side of a contest."""
+    return entries(name, backend.name, dtype, label)[0]
 
 
 # ------------------------------------------------------------------------------ accuracy
