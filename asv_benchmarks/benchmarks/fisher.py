@@ -25,7 +25,7 @@ class MatvecRaced(suite.Raced):
     """`F.matvec` beside automatic differentiation, and beside the structure by hand."""
 
     contest = "fisher-matvec"
-    params = (suite.LIBRARIES, suite.DTYPES, CASES, ("written", "expert"))
+    params = (suite.LIBRARIES, suite.DTYPES, CASES, suite.against("written", "expert"))
 
 
 class Dense(suite.Timed):
@@ -39,13 +39,13 @@ class DenseRaced(suite.Raced):
     """`F.to_dense` beside Kronecker blocks by hand."""
 
     contest = "fisher-dense"
-    params = (suite.LIBRARIES, suite.DTYPES, CASES, ("expert", "product"))
+    params = (suite.LIBRARIES, suite.DTYPES, CASES, suite.some("expert", "product"))
 
 
 class Methods(suite.Timed):
     """What else F does, for 64 networks 8-12-12-6, F being made each time."""
 
-    params = (suite.LIBRARIES, suite.DTYPES, ("precondition", "rank", "spectrum"))
+    params = (suite.LIBRARIES, suite.DTYPES, suite.some("precondition", "rank", "spectrum"))
     param_names = ("library", "dtype", "method")
 
     @staticmethod

@@ -30,7 +30,7 @@ class PinvhRaced(suite.Raced):
         suite.LIBRARIES,
         suite.DTYPES,
         suite.some("4096 x 8²", "1024 x 32²", "64 x 128²"),
-        ("written", "product"),
+        suite.against("written", "product"),
     )
 
 
@@ -73,7 +73,7 @@ class PreconditionRaced(suite.Raced):
     """`precondition` beside two `pinv(hermitian=True)`."""
 
     contest = "precondition"
-    params = (suite.LIBRARIES, suite.DTYPES, ("1024 x 32 x 32",), ("written", "product"))
+    params = (suite.LIBRARIES, suite.DTYPES, ("1024 x 32 x 32",), suite.against("written", "product"))
 
 
 class PinvhPeak(suite.Peak):

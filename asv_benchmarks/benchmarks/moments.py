@@ -39,7 +39,7 @@ class CovarianceRaced(suite.Raced):
         suite.LIBRARIES,
         suite.DTYPES,
         suite.some("4096 x 64 x 16", "64 x 1024 x 128"),
-        ("written", "expert", "product"),
+        suite.against("written", "expert", "product"),
     )
 
 
@@ -54,7 +54,7 @@ class LedoitWolfRaced(suite.Raced):
     """Ledoit–Wolf shrinkage beside its peers."""
 
     contest = "ledoit-wolf"
-    params = (suite.LIBRARIES, suite.DTYPES, ("64 x 1024 x 128",), ("written", "expert"))
+    params = (suite.LIBRARIES, suite.DTYPES, ("64 x 1024 x 128",), suite.against("written", "expert"))
 
 
 class OAS(suite.Timed):
@@ -68,7 +68,7 @@ class OASRaced(suite.Raced):
     """Oracle-approximating shrinkage beside its peers."""
 
     contest = "oas"
-    params = (suite.LIBRARIES, suite.DTYPES, ("64 x 1024 x 128",), ("written", "expert"))
+    params = (suite.LIBRARIES, suite.DTYPES, ("64 x 1024 x 128",), suite.against("written", "expert"))
 
 
 class Streaming(suite.Timed):
@@ -82,7 +82,7 @@ class StreamingRaced(suite.Raced):
     """`Moments` beside Chan's merge by hand."""
 
     contest = "streaming"
-    params = (suite.LIBRARIES, suite.DTYPES, STREAM, ("expert", "product"))
+    params = (suite.LIBRARIES, suite.DTYPES, STREAM, suite.against("expert", "product"))
 
 
 class MomentsPeak(suite.Peak):

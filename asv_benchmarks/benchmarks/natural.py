@@ -37,7 +37,7 @@ class LayerwiseRaced(suite.Raced):
         suite.LIBRARIES,
         suite.DTYPES,
         suite.some(*contests.CONTESTS["layerwise"].quick),
-        ("written", "expert", "product"),
+        suite.against("written", "expert", "product"),
     )
 
 
@@ -56,7 +56,7 @@ class MoorePenroseRaced(suite.Raced):
     """The Moore–Penrose direction beside the dense F and its pseudo-inverse, and beside an expert's system."""
 
     contest = "moore-penrose"
-    params = (suite.LIBRARIES, suite.DTYPES, ("256 x 16-16-16-16",), ("written", "expert"))
+    params = (suite.LIBRARIES, suite.DTYPES, ("256 x 16-16-16-16",), suite.against("written", "expert"))
 
 
 class Products(suite.Timed):
@@ -66,7 +66,7 @@ class Products(suite.Timed):
         suite.LIBRARIES,
         suite.DTYPES,
         suite.some(1, 64, 4096, 65536),
-        ("loss", "gradient", "exact_velocity"),
+        suite.some("loss", "gradient", "exact_velocity"),
     )
     param_names = ("library", "dtype", "members", "function")
 

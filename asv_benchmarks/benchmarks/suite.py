@@ -1,19 +1,19 @@
 """What the benchmark modules of ASV have in common.
 
 asv-runner calls `setup` again before every timed call, so everything heavy is made once
-for each set of parameters and kept. It starts a process for each set of parameters by
-forking one that has imported this module: the libraries are imported here, but not used.
+for each set of parameters and kept. Each set of parameters has a process of its own, which
+imports one library only.
 """
 
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 import math
 import os
 import statistics
 from collections.abc import Callable
+from ctypes.util import find_library
 from typing import Any
 
 import natgrad_array as ng
@@ -21,17 +21,21 @@ from benchmarks import backends, contests, measure
 from benchmarks.backends import Backend
 from benchmarks.contests import Contestant
 
-with contextlib.suppress(ImportError):
-    import torch  # noqa: F401
-with contextlib.suppress(ImportError):
-    backends.load_jax()
-
 BRIEF = os.environ.get("NATGRAD_BENCHMARKS") == "brief"
 """Whether to take one problem and one dtype for each benchmark: enough to see that all of them run."""
 
-LIBRARIES = backends.NAMES
+# To ask CuPy itself takes half a second in each of a hundred processes.
+LIBRARIES = tuple(name for name in backends.NAMES if not (BRIEF and name == "cupy" and find_library("cuda") is None))
 DTYPES = backends.DTYPES[:1] if BRIEF else backends.DTYPES
 ROUNDS, BUDGET = (1, 0.0) if BRIEF else (9, 3.0)
+
+
+EVERYONE = "everyone"
+
+
+def against(*kinds: str) -> tuple[str, ...]:
+    """Kinds of others to be compared with, or all of them at once in a brief run."""
+    return (EVERYONE,) if BRIEF else kinds
 
 
 def some(*labels: Any) -> tuple[Any, ...]:
@@ -105,7 +109,8 @@ class Raced(abc.ABC):
         if library not in contest.libraries:
             raise NotImplementedError(f"{contest.title} is not compared on {library}")
         entries = once(contests.entries, self.contest, library, dtype, case)
-        self.ours, self.others = entries[0], [entry for entry in entries if entry.kind == against]
+        self.ours, *others = entries
+        self.others = [entry for entry in others if against in (entry.kind, EVERYONE)]
         if not self.others:
             raise NotImplementedError(f"nobody is {against!r} here")
 
