@@ -97,10 +97,14 @@ def _on_host(backend: backends.Backend, result: Any) -> Any:
     return backend.to_numpy(result)
 
 
-def work(library: str, rows: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[dict[str, Any]]:
+def work(
+    library: str, rows: Sequence[str], dtypes: Sequence[str], *, quick: bool = False, budget: float | None = None
+) -> Iterator[dict[str, Any]]:
     """Everything that one library does, result by result; the machine first."""
     backend = backends.connect(library)
-    rounds, budget = (5, 0.5) if quick else (15, 8.0)
+    rounds = 5 if quick else 15
+    if budget is None:
+        budget = 0.5 if quick else 8.0
     yield {"machine": describe(backend)}
     for name in rows:
         if name == "accuracy":
@@ -257,16 +261,26 @@ def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
 # --------------------------------------------------------------------------- the command
 
 
-def run_worker(library: str, rows: Sequence[str], dtypes: Sequence[str], quick: bool) -> list[dict[str, Any]]:
+def read(path: Path) -> list[dict[str, Any]]:
+    """Results from a file, one a line; a last line that was cut off is left out."""
+    results = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            results.append(json.loads(line))
+    return results
+
+
+def run_worker(library: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run `work` in a process of its own; what it has finished is kept if it ends badly."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.jsonl"
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", library, "--json", str(path)]
-        command += ["--only", *rows, "--dtype", *dtypes, *(["--quick"] if quick else [])]
+        command += ["--only", *options.only, "--dtype", *options.dtype, *(["--quick"] if options.quick else [])]
+        command += [] if options.budget is None else ["--budget", str(options.budget)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         # What libraries print on errors of their own would tear the table apart.
         status = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
-        results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        results = read(path) if path.exists() else []
     if status.returncode:
         last = (status.stderr.strip().splitlines() or ["no message"])[-1]
         results.append({"library": library, "stopped": f"stopped with exit status {status.returncode}: {last}"})
@@ -297,6 +311,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", metavar="NAME", nargs="+", choices=backends.NAMES, help="array libraries")
     parser.add_argument("--dtype", nargs="+", choices=backends.DTYPES, default=list(backends.DTYPES))
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all results there too, one a line")
+    parser.add_argument("--budget", metavar="SECONDS", type=float, help="time for each row and problem")
+    parser.add_argument("--show", metavar="FILE", type=Path, help="measure nothing; print the table of such a file")
     parser.add_argument("--worker", choices=backends.NAMES, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -304,9 +320,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 1 if a process or one of our own calls failed."""
     options = parse(arguments)
+    if options.show:
+        print(LEGEND)
+        print(table(read(options.show)))
+        return 0
     if options.worker:
+        steps = work(options.worker, options.only, options.dtype, quick=options.quick, budget=options.budget)
         with options.json.open("w", encoding="utf-8") as file:
-            for result in work(options.worker, options.only, options.dtype, options.quick):
+            for result in steps:
                 print(json.dumps(result), file=file, flush=True)
                 print(".", end="", file=sys.__stdout__, flush=True)
         return 0
@@ -317,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append({"library": library, "stopped": f"left out, {why}"})
             print(table(results[-1:]))
             continue
-        found = run_worker(library, options.only, options.dtype, options.quick)
+        found = run_worker(library, options)
         results += found
         print()  # after the worker's dots
         print(table(found), flush=True)

@@ -33,7 +33,7 @@ def interleave(
         At most so many samples of each.
     budget : float
         No new round begins after so many seconds, but there are three rounds at least (or
-        `rounds`, if fewer).
+        `rounds`, if fewer). A call that alone takes longer is timed once, and not in turns.
     warm : bool
         Call each once before, for compilers and caches.
 
@@ -43,19 +43,24 @@ def interleave(
         Seconds a call.
     """
     numbers = {}
+    samples: dict[str, list[float]] = {label: [] for label in calls}
     for label, call in calls.items():
         if warm:
             call()
         start = time.perf_counter()
         call()
-        numbers[label] = max(1, round(SAMPLE / max(time.perf_counter() - start, 1e-7)))
-    samples: dict[str, list[float]] = {label: [] for label in calls}
-    order, begin = list(calls), time.perf_counter()
+        seconds = time.perf_counter() - start
+        if seconds > budget > 0.0:
+            samples[label].append(seconds)
+        else:
+            numbers[label] = max(1, round(SAMPLE / max(seconds, 1e-7)))
+    order, begin = list(numbers), time.perf_counter()
     for done in range(rounds):
         if done >= min(3, rounds) and time.perf_counter() - begin > budget:
             break
         # Whoever goes first finds the caches as the last one left them: take turns at that too.
-        for label in order[done % len(order) :] + order[: done % len(order)]:
+        first = done % max(1, len(order))
+        for label in order[first:] + order[:first]:
             call, number = calls[label], numbers[label]
             start = time.perf_counter()
             for _ in range(number):
