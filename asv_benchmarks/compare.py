@@ -120,7 +120,11 @@ def work(
             continue
         for label in contest.quick if quick else contest.cases:
             for dtype in dtypes:
-                yield race(name, label, library, dtype, rounds=rounds, budget=budget)
+                try:
+                    yield race(name, label, library, dtype, rounds=rounds, budget=budget)
+                except Exception as error:  # noqa: BLE001 the rows after it are worth having
+                    why = f"{name}, {label}, {dtype} failed: {contests.complaint(error)}"
+                    yield {"library": library, "stopped": why}
 
 
 def describe(backend: backends.Backend) -> dict[str, Any]:
@@ -318,7 +322,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 1 if a process or one of our own calls failed."""
+    """Run the command; the exit status is 1 if a process, a row or one of our own calls failed."""
     options = parse(arguments)
     if options.show:
         print(LEGEND)
@@ -345,7 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
     bad = any(
-        "exit status" in result.get("stopped", "") or "failed" in result.get("times", [{}])[0] for result in results
+        not result.get("stopped", "left out").startswith("left out") or "failed" in result.get("times", [{}])[0]
+        for result in results
     )
     return int(bad)
 

@@ -113,7 +113,6 @@ def _numpy() -> Backend:
 def _torch() -> Backend:
     import torch
 
-    torch.set_num_threads(usable_cpus())
     torch.backends.cuda.matmul.allow_tf32 = False
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
