@@ -221,7 +221,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     parts = []
     for library in dict.fromkeys(_library(result) for result in results):
         mine = [result for result in results if _library(result) == library]
-        parts += [_headline(result["machine"]) for result in mine if "machine" in result]
+        # A file of several runs says it more than once.
+        parts += dict.fromkeys(_headline(result["machine"]) for result in mine if "machine" in result)
         times = [cells(result) for result in mine if "times" in result]
         if times:
             parts.append(_aligned((COLUMNS, *times)))

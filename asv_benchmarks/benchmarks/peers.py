@@ -448,7 +448,7 @@ def autodiff_dense(xp: Any, weights: Weights, x: Array) -> Array:
 def curvlinops_operator(weights: Weights, x: Array) -> Any:
     """The generalised Gauss–Newton operator of curvlinops for the same network (torch), or None without it.
 
-    Its mean over samples of the squared error is twice the loss here, for each output.
+    Its loss is the squared error averaged over samples and outputs, so it is 2/n_L times F.
     """
     try:
         curvlinops = importlib.import_module("curvlinops")

@@ -143,7 +143,7 @@ class Peak(abc.ABC):
 
 
 class Calls(abc.ABC):
-    """How often a call goes to the array library. It must not depend on the number of members."""
+    """How often a call goes to the array library, for few and for many members: it should not depend on them."""
 
     param_names = ("case", "members")
     unit = "calls"
