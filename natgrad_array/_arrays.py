@@ -286,6 +286,44 @@ def eager_any(xp: Namespace, flags: Array) -> bool | None:
     return bool(xp.any(flags))
 
 
+def can_branch(array: Array) -> bool:
+    """Whether `branch` and `repair` work: on eager arrays and JAX tracers, not on Dask."""
+    return compat.is_jax_array(array) or not is_lazy(array)
+
+
+def branch(flag: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """One of two ways by one scalar: on the host, or a conditional in a JAX trace."""
+    if is_lazy(flag):
+        return sys.modules["jax"].lax.cond(flag, yes, no)
+    return yes() if bool(flag) else no()
+
+
+def gram(xp: Namespace, x: Array) -> Array:
+    """A new xᵀx, exactly symmetric.
+
+    NumPy knows the product of a matrix with its own transpose, computes half of it and
+    mirrors that; the mean of both halves would add up to half of the product's own time.
+    """
+    product = xp.matrix_transpose(x) @ x
+    if compat.is_numpy_array(x):
+        return product
+    # Halved after the sum: XLA would fuse the two halves into one rounding and one exact product.
+    product = product + xp.matrix_transpose(product)
+    product *= 0.5
+    return product
+
+
+def sum_rows(xp: Namespace, x: Array) -> Array:
+    """The sum over axis -2, kept as an axis of length one.
+
+    A product with ones is 1–10 times faster than the strided sum on NumPy, and 3–16 times
+    slower on JAX, whose compiler would fuse the sum with what is around it.
+    """
+    if compat.is_jax_array(x):
+        return xp.sum(x, axis=-2, keepdims=True)
+    return xp.ones((1, x.shape[-2]), dtype=x.dtype, device=device(x)) @ x
+
+
 def cholesky(xp: Namespace, a: Array) -> Array:
     """Lower Cholesky factors; NaN, or garbage on CuPy, in members that have none.
 

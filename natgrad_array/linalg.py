@@ -180,7 +180,7 @@ def symmetric_part(a: Array) -> Array:
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """a @ b, as one product where all members share b."""
+    """Multiply a @ b, as one product where all members share b."""
     if b.ndim > 2 or a.ndim < 3:
         return a @ b
     xp = _arrays.namespace(a)

@@ -14,6 +14,9 @@ from natgrad_array._arrays import Array, Namespace, Shape
 
 SHRINKAGES = ("ledoit_wolf", "oas")
 
+# With fewer samples than this the mean of centred noise is not small beside its spread.
+MANY_SAMPLES = 64
+
 
 # ------------------------------------------------------------------------------ the door
 
@@ -91,7 +94,11 @@ def second_moment(x: Array, y: Array | None = None, /, *, weights: Array | None 
     x, y, weights = _arrays.promote(xp, x, y, weights)
     fractions = None if weights is None else _normalise(xp, weights)[0]
     if y is None:
-        return _gram(xp, x if fractions is None else x * xp.sqrt(fractions)[..., None], n if fractions is None else 1)
+        if fractions is not None:
+            return _arrays.gram(xp, x * xp.sqrt(fractions)[..., None])
+        moment = _arrays.gram(xp, x)
+        moment /= n
+        return moment
     if fractions is None:
         return xp.matrix_transpose(x) @ y / n
     if x.shape[-1] <= y.shape[-1]:
@@ -190,10 +197,18 @@ def covariance(
     elif shrinkage is not None:
         _check_number("shrinkage", shrinkage, largest=1, expected="None, a number in [0, 1], 'ledoit_wolf' or 'oas'")
     n = x.shape[-2]
+    spread = None
     if weights is None:
-        centred = x if assume_centered else _centre(xp, x, None)[1]
+        kurtosis = shrinkage == "ledoit_wolf"
+        if assume_centered:
+            cov = _arrays.gram(xp, x)
+            if kurtosis:
+                spread = _spread(xp, _lengths(xp, x), cov)
+        else:
+            _, cov, *rest = _scatter(xp, x, kurtosis=kurtosis)
+            spread = rest[0] if rest else None
         divisor = n - correction
-        cov = _gram(xp, centred, divisor if divisor > 0 else xp.nan)
+        cov /= divisor if divisor > 0 else xp.nan
     else:
         fractions, _, squares = _normalise(xp, weights)
         root = xp.sqrt(fractions)[..., None]
@@ -202,12 +217,13 @@ def covariance(
         else:
             centred = _centre(xp, x, fractions)[1]
             centred *= root
+        cov = _arrays.gram(xp, centred)
         divisor = 1.0 - correction * squares
-        cov = _gram(xp, centred, xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None])
+        cov = cov / xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None]
     if shrinkage is None:
         return cov
     if shrinkage == "ledoit_wolf":
-        return _shrink(xp, cov, _ledoit_wolf(xp, centred, cov))
+        return _shrink(xp, cov, _ledoit_wolf(xp, n, spread, cov))
     if shrinkage == "oas":
         return _shrink(xp, cov, _oas(xp, n, cov))
     return _shrink(xp, cov, float(shrinkage))
@@ -288,12 +304,12 @@ class Moments(NamedTuple):
         xp, x, weights = _check_weighted_samples(x, weights)
         n = x.shape[-2]
         if weights is None:
-            mean, centred = _centre(xp, x, None)
+            mean, scatter = _scatter(xp, x)
             # Two arrays, not one twice: JAX does not donate a buffer that appears again.
             count, squares = (
                 xp.full(tuple(x.shape[:-2]), n, dtype=x.dtype, device=_arrays.device(x)) for _ in range(2)
             )
-            return cls(count, squares, mean[..., 0, :], _gram(xp, centred, 1))
+            return cls(count, squares, mean[..., 0, :], scatter)
         fractions, total, squares = _normalise(xp, weights)
         mean, centred = _centre(xp, x, fractions)
         centred *= xp.sqrt(fractions)[..., None]
@@ -303,7 +319,7 @@ class Moments(NamedTuple):
             weight,
             xp.asarray(total * total * squares + zeros),
             mean[..., 0, :],
-            _gram(xp, centred, 1) * weight[..., None, None],
+            _arrays.gram(xp, centred) * weight[..., None, None],
         )
 
     @classmethod
@@ -526,11 +542,8 @@ def _normalise(xp: Namespace, weights: Array) -> tuple[Array, Array, Array]:
 
 
 def _mean(xp: Namespace, x: Array, fractions: Array | None) -> Array:
-    """Mean over samples, shape (*batch, 1, p), as a product: faster than a strided sum."""
-    if fractions is not None:
-        return fractions[..., None, :] @ x
-    n = x.shape[-2]
-    return xp.ones((1, n), dtype=x.dtype, device=_arrays.device(x)) @ x / n
+    """Mean over samples, shape (*batch, 1, p)."""
+    return _arrays.sum_rows(xp, x) / x.shape[-2] if fractions is None else fractions[..., None, :] @ x
 
 
 def _centre(xp: Namespace, x: Array, fractions: Array | None) -> tuple[Array, Array]:
@@ -543,23 +556,100 @@ def _centre(xp: Namespace, x: Array, fractions: Array | None) -> tuple[Array, Ar
     return mean + residual, centred
 
 
-def _gram(xp: Namespace, x: Array, divisor: Any) -> Array:
-    """xᵀx over `divisor`, exactly symmetric."""
-    gram = xp.matrix_transpose(x) @ x
-    # Divided after the sum: XLA would fuse the two halves into one rounding and one exact product.
-    return (gram + xp.matrix_transpose(gram)) / (2 * divisor)
+def _scatter(xp: Namespace, x: Array, *, kurtosis: bool = False) -> tuple[Array, ...]:
+    """The mean, shape (*batch, 1, p), the sum of (x − mean)(x − mean)ᵀ, and the spread of lengths if asked.
+
+    A centred copy costs more than the product itself where memory is slow, so it is made
+    only of samples that need one: see `covariance`.
+    """
+    if x.shape[-2] < MANY_SAMPLES or not _arrays.can_branch(x):
+        return _two_pass(xp, x, kurtosis)
+    flags, *values = _arrays.branch(
+        _looks_centred(xp, x),
+        lambda: _one_pass(xp, x, kurtosis),
+        lambda: _shifted(xp, x, kurtosis),
+    )
+    return _arrays.repair(xp, flags, tuple(values), (x,), lambda part: _two_pass(xp, part, kurtosis))
+
+
+def _two_pass(xp: Namespace, x: Array, kurtosis: bool) -> tuple[Array, ...]:
+    """`_scatter` of any samples."""
+    mean, centred = _centre(xp, x, None)
+    scatter = _arrays.gram(xp, centred)
+    return (mean, scatter, _spread(xp, _lengths(xp, centred), scatter)) if kurtosis else (mean, scatter)
+
+
+def _one_pass(xp: Namespace, x: Array, kurtosis: bool) -> tuple[Array, ...]:
+    """Members whose mean is not small beside their spread, and `_scatter` of the others."""
+    n = x.shape[-2]
+    mean = _mean(xp, x, None)
+    scatter = _arrays.gram(xp, x)
+    # Products of these are the same from both sides of the diagonal; n·mean times mean is not.
+    row = mean * n**0.5
+    squares = _diagonal(xp, scatter)
+    # 3 row² ≤ Σx² is mean² ≤ variance / 2: the difference below keeps two thirds of what it is taken from.
+    good = (3.0 * row[..., 0, :] ** 2 <= squares) & (squares < xp.inf)
+    scatter -= xp.matrix_transpose(row) * row
+    flags = ~xp.all(good, axis=-1)
+    if not kurtosis:
+        return flags, mean, scatter
+    lengths = _lengths(xp, x)
+    lengths -= (x @ xp.matrix_transpose(2.0 * mean))[..., 0]
+    lengths += _lengths(xp, mean)
+    return flags, mean, scatter, _spread(xp, lengths, scatter)
+
+
+def _shifted(xp: Namespace, x: Array, kurtosis: bool) -> tuple[Array, ...]:
+    """`_one_pass` after a few samples' mean has been taken off."""
+    shift = _mean(xp, _some(x), None)
+    flags, mean, *rest = _one_pass(xp, x - shift, kurtosis)
+    return flags, mean + shift, *rest
+
+
+def _some(x: Array) -> Array:
+    """About MANY_SAMPLES of the samples, spread over all of them."""
+    return x[..., :: max(1, x.shape[-2] // MANY_SAMPLES), :]
+
+
+def _looks_centred(xp: Namespace, x: Array) -> Array:
+    """Whether most members seem to have a mean that is small beside their spread, from a few members and samples."""
+    few = _some(x[(*(slice(None, None, max(1, size // 8)) for size in x.shape[:-2]), ...)])
+    mean = _mean(xp, few, None)
+    few = few - mean
+    variance = xp.mean(few * few, axis=-2)
+    off = xp.any(3.0 * mean[..., 0, :] ** 2 > variance, axis=-1)
+    return xp.mean(xp.astype(off, x.dtype)) <= 0.5
+
+
+def _diagonal(xp: Namespace, a: Array) -> Array:
+    p = a.shape[-1]
+    return xp.reshape(a, (*a.shape[:-2], p * p))[..., :: p + 1]
 
 
 def _trace(xp: Namespace, a: Array) -> Array:
     """Traces, with two core axes of length one."""
-    p = a.shape[-1]
-    diagonal = xp.reshape(a, (*a.shape[:-2], p * p))[..., :: p + 1]
-    return xp.sum(diagonal, axis=-1)[..., None, None]
+    return xp.sum(_diagonal(xp, a), axis=-1)[..., None, None]
+
+
+def _lengths(xp: Namespace, x: Array) -> Array:
+    """‖x_k‖² of each sample: ‖x xᵀ‖_F without the outer product."""
+    return xp.vecdot(x, x)
+
+
+def _spread(xp: Namespace, lengths: Array, scatter: Array) -> Array:
+    """Mean of ‖x_k‖⁴ over tr(S)², from the ‖x_k‖² and n·S, with two core axes of length one."""
+    n = lengths.shape[-1]
+    trace = _trace(xp, scatter)[..., 0] / n
+    lengths = lengths / xp.where(trace == 0.0, 1.0, trace)
+    return xp.vecdot(lengths, lengths)[..., None, None] / n
 
 
 def _shrink(xp: Namespace, cov: Array, shrinkage: float | Array) -> Array:
     p = cov.shape[-1]
-    return (1.0 - shrinkage) * cov + shrinkage * _trace(xp, cov) / max(p, 1) * _arrays.eye(xp, p, cov)
+    target = shrinkage * _trace(xp, cov) / max(p, 1)
+    shrunk = cov * (1.0 - shrinkage)
+    shrunk += target * _arrays.eye(xp, p, cov)
+    return shrunk
 
 
 def _distance_to_target(xp: Namespace, cov: Array, trace: Array) -> Array:
@@ -570,15 +660,10 @@ def _distance_to_target(xp: Namespace, cov: Array, trace: Array) -> Array:
     return xp.sum(xp.vecdot(off, off), axis=-1)[..., None, None]
 
 
-def _ledoit_wolf(xp: Namespace, centred: Array, cov: Array) -> Array:
-    n, p = centred.shape[-2:]
+def _ledoit_wolf(xp: Namespace, n: int, spread: Array, cov: Array) -> Array:
     trace = _trace(xp, cov)
-    trace = xp.where(trace == 0.0, 1.0, trace)
-    delta = _distance_to_target(xp, cov, trace)
-    # ‖x xᵀ‖_F = ‖x‖², so the outer products need not be formed.
-    lengths = xp.vecdot(centred, centred) / trace[..., 0]
-    spread = xp.vecdot(lengths, lengths)[..., None, None] / n
-    beta = (spread - delta - 1.0 / max(p, 1)) / n
+    delta = _distance_to_target(xp, cov, xp.where(trace == 0.0, 1.0, trace))
+    beta = (spread - delta - 1.0 / max(cov.shape[-1], 1)) / n
     beta = xp.where(beta > 0.0, beta, 0.0)
     return xp.where(beta < delta, beta / xp.where(delta > 0.0, delta, 1.0), 1.0)
 

@@ -174,9 +174,10 @@ class Chain:
                 self._pieces[k] = thin(self.xp, step if start == k - 1 else step @ self.piece(k - 1).x)
         return self._pieces[k]
 
-    def duals(self) -> tuple[list[Array], Array | None]:
+    def duals(self) -> tuple[list[Array], Array | bool]:
         """The duals of Z_1, Z_2, ..., and which members have them to the rounding of Z_k itself."""
-        xp, found, certified = self.xp, [self.root_dual], None
+        xp, found = self.xp, [self.root_dual]
+        certified: Array | bool = True
         for k in range(1, len(self.widths)):
             piece, (kind, start) = self.piece(k), self.routes[k]
             matrix = piece.matrix(xp)
@@ -187,8 +188,7 @@ class Chain:
             else:
                 # The Newton step squares the relative error of the Gram matrix's inverse.
                 limit = epsilon**-0.5
-            holds = piece.condition < limit
-            certified = holds if certified is None else certified & holds
+            certified = certified & (piece.condition < limit)
         return found[1:], certified
 
 
@@ -264,8 +264,6 @@ def duals(
     def decompose(*arrays: Array) -> tuple[Array, ...]:
         return tuple(linalg.dual(xp, x, *cut) for x, cut in zip(arrays, cuts, strict=True))
 
-    found = _arrays.repair(
-        xp, ~certified, (*ahead, *behind), (*left.factors[1:], *right.factors[1:]), decompose
-    )
+    found = _arrays.repair(xp, ~certified, (*ahead, *behind), (*left.factors[1:], *right.factors[1:]), decompose)
     ahead, behind = [left.root_dual, *found[: depth - 1]], [right.root_dual, *found[depth - 1 :]]
     return list(zip(reversed(ahead), behind, strict=True)), certified

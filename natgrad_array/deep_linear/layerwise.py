@@ -27,12 +27,13 @@ def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, sc
     found, certified = fast(xp, layers, factors, scale)
     batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
     flags = xp.broadcast_to(~certified, batch)
+    matrices = [name for name in factors._fields if name != "minimum_loss"]
 
     def slow(*arrays: Array) -> Directions:
         some, rest = arrays[: len(layers)], arrays[len(layers) :]
-        return _by_duals(xp, some, TaskFactors(*rest, factors.minimum_loss), scale)
+        return _by_duals(xp, some, factors._replace(**dict(zip(matrices, rest, strict=True))), scale)
 
-    return _arrays.repair(xp, flags, found, (*layers, *factors[:-1]), slow)
+    return _arrays.repair(xp, flags, found, (*layers, *(getattr(factors, name) for name in matrices)), slow)
 
 
 def _trusted(xp: Namespace, condition: Array) -> Array:
