@@ -321,9 +321,14 @@ def _condition_bound(xp: Namespace, a: Array, inverse: Array) -> Array:
 
     A factorisation that succeeds proves nothing about rank, but the inverse it gives
     does: λ_max ≤ ‖A‖ and λ_min ≥ 1/‖A⁻¹‖, so ‖A‖·‖A⁻¹‖ < 1/rtol puts every eigenvalue (or
-    singular value) above the cut-off. Inf or NaN where nothing is proved.
+    singular value) above the cut-off. The product is at least κ + 1/κ + n − 2 (Cauchy and
+    Schwarz, with the largest and the smallest singular value paired crosswise), which makes
+    the bound close where singular values are equal. Inf where nothing is proved.
     """
     bound = frobenius(xp, a) * frobenius(xp, inverse)
+    n = a.shape[-1]
+    # Both norms are rounded, by no more than a few n·eps of their product.
+    bound = bound * (1.0 + 4 * n * _arrays.eps(xp, a)) - max(n - 2, 0)
     return xp.where(bound > 0.0, bound, xp.inf)
 
 

@@ -183,8 +183,12 @@ class Chain:
             matrix = piece.matrix(xp)
             found.append(matrix if kind == "whole" else matrix @ found[start])
             epsilon = _arrays.eps(xp, matrix)
-            if piece.x.shape[-1] == piece.x.shape[-2]:
-                limit = 1.0 / (self.rounding(k) + 16 * self.widths[k] * epsilon)
+            if kind == "layer":
+                # A layer is known exactly, so it is of full rank unless rounding alone could
+                # have made it so: a singular matrix, rounded, has a condition of some √n / eps.
+                limit = 0.25 / epsilon
+            elif piece.x.shape[-1] == piece.x.shape[-2]:
+                limit = 1.0 / (self.rounding(k) + 4 * self.widths[k] * epsilon)
             else:
                 # The Newton step squares the relative error of the Gram matrix's inverse.
                 limit = epsilon**-0.5

@@ -24,7 +24,10 @@ def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, sc
         return _by_duals(xp, layers, factors, scale)
     square = len({*widths(layers), int(factors.input_root.shape[-1])}) == 1
     fast = _by_one_inverse if square else _by_gram_matrices
-    found, certified = fast(xp, layers, factors, scale)
+    fast_result = fast(xp, layers, factors, scale)
+    if fast_result is None:
+        return _by_duals(xp, layers, factors, scale)
+    found, certified = fast_result
     batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
     flags = xp.broadcast_to(~certified, batch)
     matrices = [name for name in factors._fields if name != "minimum_loss"]
@@ -36,14 +39,13 @@ def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, sc
     return _arrays.repair(xp, flags, found, (*layers, *(getattr(factors, name) for name in matrices)), slow)
 
 
-def _trusted(xp: Namespace, condition: Array) -> Array:
-    """Which members a rung may keep whose error grows with a squared or a product's condition number.
+def _trusted(xp: Namespace, error: Array) -> Array:
+    """Which members a rung may keep whose relative error is at most about `error`.
 
-    The error is at most about condition·eps, and the next rung's is near eps: the bound
-    leaves 6e-10 in float64 and 4e-4 in float32, both on the safe side of it.
+    It grows with a squared condition number, where the next rung's grows with the number
+    itself. The limit is 6e-10 in float64 and 4e-4 in float32; most errors are far below.
     """
-    epsilon = _arrays.eps(xp, condition)
-    return condition * epsilon < 16 * epsilon ** (2 / 3)
+    return error < 16 * _arrays.eps(xp, error) ** (2 / 3)
 
 
 # ---------------------------------------------------------------------------- square networks
@@ -51,16 +53,20 @@ def _trusted(xp: Namespace, condition: Array) -> Array:
 
 def _by_one_inverse(
     xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float
-) -> tuple[Directions, Array]:
+) -> tuple[Directions, Array] | None:
     """(W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ = (W_i ⋯ W_1) P⁻¹ (W − W*) P⁻¹ (W_L ⋯ W_i), with P = W.
 
-    One inverse and 3L + 1 products, 2n³ flops each, in place of 2(L − 1) solves.
+    One inverse and 3L + 1 products, 2n³ flops each, in place of 2(L − 1) solves. None if
+    no member can have it.
     """
     ahead = [layers[-1]]
     for layer in layers[-2::-1]:
         ahead.append(ahead[-1] @ layer)
     product = ahead.pop()
     inverse, condition = linalg.inverse(xp, product)
+    certified = _trusted(xp, condition**2 * _arrays.eps(xp, product)) & full_roots(xp, factors)
+    if _arrays.eager_any(xp, certified) is False:
+        return None
     gap = product - factors.optimum
     gap *= scale
     half = inverse @ gap
@@ -69,7 +75,7 @@ def _by_one_inverse(
     for layer, rest in zip(layers[1:], reversed(ahead), strict=True):
         moved = layer @ moved
         found.append(moved @ rest)
-    return tuple(found), _trusted(xp, condition) & full_roots(xp, factors)
+    return tuple(found), certified
 
 
 # ----------------------------------------------------------------------------- other networks
@@ -77,7 +83,7 @@ def _by_one_inverse(
 
 def _by_gram_matrices(
     xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float
-) -> tuple[Directions, Array]:
+) -> tuple[Directions, Array] | None:
     """Apply the inverses of the smaller Gram matrices, from the narrow end to the wide one.
 
     For a factor m × n of rank r = min(m, n): one Gram matrix and two products with it,
@@ -91,7 +97,8 @@ def _by_gram_matrices(
     certified: Array = full
     for chain in (left, right):
         for k in range(1, depth):
-            certified = certified & _trusted(xp, chain.piece(k).condition)
+            piece = chain.piece(k)
+            certified = certified & _trusted(xp, piece.condition * _arrays.eps(xp, piece.core))
     return directions, certified
 
 

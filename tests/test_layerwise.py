@@ -1,0 +1,251 @@
+"""The ladder of the layerwise rule: routes from shapes, and every rung against plain pseudo-inverses."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+import pytest
+from backends import BACKENDS, Backend
+
+import natgrad_array as ng
+from natgrad_array import deep_linear as dl
+from natgrad_array import linalg
+from natgrad_array.deep_linear import layerwise as ladder
+from natgrad_array.deep_linear.duals import chains, duals, routes, thin
+from natgrad_array.deep_linear.products import products
+
+SIZES = [
+    (4, 4, 4),
+    (4, 4, 4, 4),
+    (6, 5, 4, 3),
+    (3, 4, 5, 6),
+    (8, 3, 8),
+    (8, 6, 3, 6, 8),
+    (8, 6, 3, 7, 3, 8),
+    (8, 6, 3, 3, 7, 8),
+    (4, 9, 9, 4),
+    (8, 8, 8, 5),
+    (5, 8, 8, 8),
+    (8, 3, 9, 2, 9, 3, 8),
+]
+
+
+def network(sizes: tuple[int, ...], batch: int = 3, seed: int = 0, spread: float = 0.5) -> tuple[np.ndarray, ...]:
+    """Layers of full rank with singular values between 1 and 1 + spread."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    for n, m in itertools.pairwise(sizes):
+        u = np.linalg.qr(rng.standard_normal((batch, m, m)))[0]
+        v = np.linalg.qr(rng.standard_normal((batch, n, n)))[0]
+        s = 1.0 + spread * rng.random((batch, min(m, n)))
+        layers.append((u[..., : min(m, n)] * s[:, None, :]) @ np.swapaxes(v[..., : min(m, n)], -1, -2))
+    return tuple(layers)
+
+
+def moments(n_in: int, n_out: int, seed: int = 1, rank: int | None = None) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    root = rng.standard_normal((n_in, 4 * n_in)) / np.sqrt(4 * n_in)
+    if rank is not None:
+        root = np.diag(np.arange(n_in) < rank) @ root
+    noise = rng.standard_normal((n_out, 4 * n_out)) / np.sqrt(4 * n_out)
+    sigma, noise = root @ root.T, noise @ noise.T
+    teacher = rng.standard_normal((n_out, n_in))
+    return sigma, noise, teacher @ sigma, teacher @ sigma @ teacher.T + noise
+
+
+def expected(weights: tuple[np.ndarray, ...], given: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """Eq 42 for one network: singular values of the factors, ranks by a gap that none of these cases is near."""
+    sigma, noise, cross, _ = given
+    depth, product = len(weights), np.linalg.multi_dot([*weights[::-1], np.eye(sigma.shape[0])])
+    power, basis = np.linalg.eigh(sigma)
+    root = basis * np.sqrt(np.clip(power, 0, None))
+    whiten = np.linalg.inv(np.linalg.cholesky(noise))
+    error = whiten @ (product @ sigma - cross) @ np.linalg.pinv(root, rcond=1e-7).T
+    found = []
+    for i in range(depth):
+        ahead, behind = whiten.T, root
+        for w in weights[:i:-1]:
+            ahead = w.T @ ahead
+        for w in weights[:i]:
+            behind = w @ behind
+        left, right = np.linalg.pinv(ahead, rcond=1e-9).T, np.linalg.pinv(behind, rcond=1e-9)
+        found.append(left @ error @ right / depth)
+    return found
+
+
+def assert_members(actual: Any, weights: tuple[np.ndarray, ...], given: tuple[np.ndarray, ...], tol: float) -> None:
+    for b in range(weights[0].shape[0]):
+        for a, e in zip(actual, expected(tuple(w[b] for w in weights), given), strict=True):
+            assert np.linalg.norm(a[b] - e) <= tol * np.linalg.norm(e)
+
+
+# --------------------------------------------------------------------------------- routes
+
+
+@pytest.mark.parametrize(
+    ("widths", "kinds", "starts"),
+    [
+        ((5,), ["root"], [0]),
+        ((4, 4, 4), ["root", "layer", "layer"], [0, 0, 1]),
+        ((8, 6, 4), ["root", "whole", "whole"], [0, 1, 2]),
+        ((4, 6, 8), ["root", "whole", "whole"], [0, 1, 2]),
+        ((8, 3, 6, 8), ["root", "whole", "split", "split"], [0, 1, 1, 1]),
+        ((8, 3, 6, 3, 8), ["root", "whole", "split", "whole", "split"], [0, 1, 1, 3, 3]),
+        ((4, 9, 4), ["root", "whole", "whole"], [0, 1, 2]),
+        ((8, 3, 3, 5), ["root", "whole", "layer", "split"], [0, 1, 1, 2]),
+    ],
+    ids=str,
+)
+def test_routes(widths: tuple[int, ...], kinds: list[str], starts: list[int]) -> None:
+    found = routes(widths)
+    assert [route.kind for route in found] == kinds
+    assert [route.start for route in found] == starts
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_duals_are_transposed_pseudo_inverses(sizes: tuple[int, ...]) -> None:
+    weights, task = network(sizes), ng.GaussianTask(*moments(sizes[0], sizes[-1]))
+    factors = products(weights, task.factors)
+    pairs, full = duals(xp, weights, task.factors, factors)
+    assert np.all(full)
+    for i, (e, x) in enumerate(pairs):
+        for dual, factor in ((e, factors.ahead[i]), (x, factors.behind[i])):
+            wanted = np.swapaxes(np.linalg.pinv(factor, rcond=1e-9), -1, -2)
+            assert np.linalg.norm(dual - wanted) <= 1e-12 * np.linalg.norm(wanted)
+
+
+def test_the_newton_step_undoes_the_squaring() -> None:
+    """A Gram matrix alone loses κ² digits, the dual of the whole route only κ."""
+    rng = np.random.default_rng(0)
+    u, v = np.linalg.qr(rng.standard_normal((9, 5)))[0], np.linalg.qr(rng.standard_normal((5, 5)))[0]
+    x = (u * np.logspace(0, -3, 5)) @ v.T
+    wanted = (u * np.logspace(0, 3, 5)) @ v.T
+    piece = thin(xp, x)
+    assert np.linalg.norm(piece.matrix(xp) - wanted) <= 1e-12 * np.linalg.norm(wanted)
+    assert 1e6 <= piece.condition <= 2e6
+
+
+# ---------------------------------------------------------------------------------- rungs
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (6, 5, 4, 3), (8, 6, 3, 6, 8)], ids=str)
+def test_direction_on_every_library(backend: Backend, sizes: tuple[int, ...]) -> None:
+    if backend.name == "dask":
+        pytest.skip("Dask has no batched inverse: the support table says so")
+    weights, given = network(sizes), moments(sizes[0], sizes[-1])
+    task = ng.GaussianTask(*backend.asarrays(*given))
+    layers = backend.asarrays(*weights)
+    found = backend.call(lambda w, t: dl.natural_gradient(w, t), layers, task)
+    assert_members([backend.to_numpy(d) for d in found], weights, given, 1e-10 if backend.float64 else 2e-4)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_rung_gives_the_same_direction(sizes: tuple[int, ...]) -> None:
+    weights, given = network(sizes), moments(sizes[0], sizes[-1])
+    task = ng.GaussianTask(*given)
+    scale = 1.0 / len(weights)
+    rungs = [ladder._by_gram_matrices] + [ladder._by_one_inverse] * (len(set(sizes)) == 1)
+    for rung in rungs:
+        found, certified = rung(xp, weights, task.factors, scale)
+        assert np.all(certified)
+        assert_members(found, weights, given, 1e-10)
+    assert_members(ladder._by_duals(xp, weights, task.factors, scale), weights, given, 1e-11)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_members_without_a_certificate_take_the_next_rung_alone(sizes: tuple[int, ...]) -> None:
+    """Member 1 has a singular layer, member 2 one of condition 1e5: each gets what it would get alone."""
+    weights, given = [w.copy() for w in network(sizes, batch=5)], moments(sizes[0], sizes[-1])
+    u, s, vh = np.linalg.svd(weights[1][1:3], full_matrices=False)
+    s[0, -1], s[1, -1] = 0.0, 1e-5
+    weights[1][1:3] = (u * s[:, None, :]) @ vh
+    task = ng.GaussianTask(*given)
+    found = dl.natural_gradient(tuple(weights), task)
+    for b, tol in ((0, 1e-10), (2, 1e-8), (3, 1e-10), (4, 1e-10)):
+        alone = tuple(w[b : b + 1] for w in weights)
+        assert_members([d[b : b + 1] for d in found], alone, given, tol)
+    singular = tuple(w[1:2] for w in weights)
+    assert_members([d[1:2] for d in found], singular, given, 1e-9)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_nan_stays_in_its_member(sizes: tuple[int, ...]) -> None:
+    weights, given = [w.copy() for w in network(sizes)], moments(sizes[0], sizes[-1])
+    weights[0][1, 0, 0] = np.nan
+    found = dl.natural_gradient(tuple(weights), ng.GaussianTask(*given))
+    assert all(np.isnan(d[1]).all() for d in found)
+    for b in (0, 2):
+        assert_members([d[b : b + 1] for d in found], tuple(w[b : b + 1] for w in weights), given, 1e-10)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (4, 4, 4, 4), (4, 6, 5), (6, 4, 4, 3)], ids=str)
+def test_tasks_of_different_rank_in_one_stack(sizes: tuple[int, ...]) -> None:
+    """S has zero columns in the member of lower rank, where no route for a full rank holds."""
+    weights = network(sizes, batch=2)
+    both = [moments(sizes[0], sizes[-1]), moments(sizes[0], sizes[-1], rank=2)]
+    task = ng.GaussianTask(*(np.stack(pair) for pair in zip(*both, strict=True)))
+    found = dl.natural_gradient(weights, task)
+    for b in range(2):
+        assert_members([d[b : b + 1] for d in found], tuple(w[b : b + 1] for w in weights), both[b], 1e-9)
+
+
+def test_only_some_layers_are_batched() -> None:
+    sizes = (4, 4, 4)
+    weights, given = network(sizes), moments(4, 4)
+    shared = (weights[0][0], weights[1])
+    found = dl.natural_gradient(shared, ng.GaussianTask(*given))
+    whole = (np.broadcast_to(weights[0][:1], weights[0].shape).copy(), weights[1])
+    assert_members(found, whole, given, 1e-10)
+
+
+def test_gaussian_networks_in_float32_keep_their_digits() -> None:
+    """Products of Gaussian layers have conditions near 1/eps; inverses of the layers do not."""
+    rng = np.random.default_rng(0)
+    weights = tuple((rng.standard_normal((64, 32, 32)) / 32**0.5) for _ in range(4))
+    given = moments(32, 32)
+    single = tuple(w.astype(np.float32) for w in weights)
+    found = dl.natural_gradient(single, ng.GaussianTask(*(m.astype(np.float32) for m in given)))
+    double = tuple(w.astype(np.float64) for w in single)
+    gap = np.linalg.multi_dot
+    off = []
+    for b in range(64):
+        w = [layer[b] for layer in double]
+        optimum = given[2] @ np.linalg.inv(given[0])
+        error = gap(w[::-1]) - optimum
+        inverses = [np.linalg.inv(layer) for layer in w]
+        wanted = []
+        for i in range(4):
+            d = error
+            for j in range(3, i, -1):
+                d = inverses[j] @ d
+            for j in range(i):
+                d = d @ inverses[j]
+            wanted.append(d / 4)
+        misfit = sum(np.sum((f[b] - d) ** 2) for f, d in zip(found, wanted, strict=True))
+        off.append((misfit / sum(np.sum(d**2) for d in wanted)) ** 0.5)
+    assert np.median(off) <= 1e-4
+    assert np.mean(np.asarray(off) > 1e-2) <= 1 / 64
+
+
+# ------------------------------------------------------------------------------- products
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (5, 3, 2), (0, 3, 2), (2, 4, 3, 2)], ids=str)
+def test_matmul_with_a_shared_matrix(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal(shape), rng.standard_normal((2, 6))
+    np.testing.assert_allclose(linalg.matmul(a, b), np.einsum("...ij,jk->...ik", a, b), atol=1e-14)
+
+
+def test_a_square_layer_is_inverted_once_for_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, task = network((4, 4, 4, 4)), ng.GaussianTask(*moments(4, 4))
+    calls = []
+    inverse = linalg.inverse
+    monkeypatch.setattr(linalg, "inverse", lambda xp, a: calls.append(a) or inverse(xp, a))
+    left, right, _ = chains(xp, weights, task.factors, products(weights, task.factors))
+    left.duals(), right.duals()
+    assert len(calls) == 3
