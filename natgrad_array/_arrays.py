@@ -7,6 +7,7 @@ standard is reached through the few functions at the end of this file and nowher
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -532,6 +533,25 @@ def repair(
         xp.reshape(xpx.at(flat(old))[chosen, ...].set(new), (*batch, *old.shape[-2:]))
         for old, new in zip(values, slow(*parts), strict=True)
     )
+
+
+def block_matrix(
+    xp: Namespace, block: Callable[[int, int], Array], sizes: Sequence[int], batch: Shape, like: Array
+) -> Array:
+    """Assemble a square matrix from its blocks; where the library writes in place, one block at a time lives."""
+    depth = range(len(sizes))
+    if not any(test(like) for test in (compat.is_numpy_array, compat.is_cupy_array, compat.is_torch_array)):
+        rows = [
+            xp.concat([xp.broadcast_to(block(i, j), (*batch, sizes[i], sizes[j])) for j in depth], axis=-1)
+            for i in depth
+        ]
+        return xp.concat(rows, axis=-2)
+    ends = list(itertools.accumulate(sizes, initial=0))
+    whole = xp.empty((*batch, ends[-1], ends[-1]), dtype=like.dtype, device=device(like))
+    for i in depth:
+        for j in depth:
+            whole[..., ends[i] : ends[i + 1], ends[j] : ends[j + 1]] = block(i, j)
+    return whole
 
 
 def while_loop(

@@ -1172,3 +1172,37 @@ def test_certificate_and_cutoff_agree_at_the_edge(backend: Backend, n: int) -> N
     found = backend.to_numpy(backend.call(ng.pinvh, backend.asarray((stack + stack.mT) / 2), rtol=1e-6))
     scale = np.abs(expected).max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 64, 200])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_condition_bound_is_above_the_condition_and_close_to_it(n: int, spread: float, dtype: str) -> None:
+    """With equal singular values the bound is near 1, where the product of the two norms is n."""
+    rng = np.random.default_rng(n)
+    u, v = (np.linalg.qr(rng.standard_normal((3, n, n)))[0] for _ in range(2))
+    s = np.logspace(0.0, -spread, n) if n > 1 else np.ones(1)
+    a = ((u * s) @ np.swapaxes(v, -1, -2)).astype(dtype)
+    _, bound = linalg.inverse(NUMPY.xp, a)
+    exact = np.linalg.cond(a.astype(np.float64))
+    assert np.all(bound >= exact * (1 - 10 * n * np.finfo(dtype).eps * exact))  # the inverse is known to that
+    frobenius = np.sqrt(np.sum(s**2) * np.sum(s**-2.0))
+    assert np.all(bound <= frobenius * 1.01 + 2)
+    if spread == 0.0:
+        assert np.all(bound <= 2.0 + 6 * n * n * np.finfo(dtype).eps)
+
+
+@everywhere("dtype")
+def test_inverse_of_a_stack_with_bad_members(backend: Backend, dtype: str) -> None:
+    """A singular member and one with a NaN are known by their bound; the others are inverted as if alone."""
+    a = np.stack([positive_definite((), 4, seed) for seed in range(5)])
+    a[1] = 1.0
+    a[3, 0, 0] = np.nan
+    x = backend.asarray(a.astype(dtype))
+    inverse, bound = backend.call(lambda x: linalg.inverse(backend.xp, x), x)
+    backend.check(inverse, x)
+    inverse, bound = backend.to_numpy(inverse), backend.to_numpy(bound)
+    assert not np.any(bound[[1, 3]] < 1e6)
+    for b in (0, 2, 4):
+        np.testing.assert_allclose(inverse[b], np.linalg.inv(a[b]), atol=2000 * epsilon(inverse))
+        assert bound[b] < 1e5

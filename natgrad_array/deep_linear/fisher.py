@@ -201,7 +201,7 @@ class DeepLinearFisher:
 
     @_arrays.quiet
     def to_dense(self) -> Array:
-        """Assemble the whole matrix, for small P.
+        """Assemble the whole matrix from its blocks, for small P.
 
         Returns
         -------
@@ -231,8 +231,13 @@ class DeepLinearFisher:
         _arrays.check_fits(
             "the dense Fisher matrix", shape, self._xp, self._products.error, "use F.matvec, which never forms it"
         )
-        root = self._dense_root()
-        return root @ root.mT
+        ahead, behind, error = self._products
+
+        def block(i: int, j: int) -> Array:
+            return linalg.kron(self._xp, behind[i] @ behind[j].mT, ahead[i] @ ahead[j].mT)
+
+        sizes = [int(layer.shape[-2] * layer.shape[-1]) for layer in self._layers]
+        return _arrays.block_matrix(self._xp, block, sizes, self.batch_shape, error)
 
     @_arrays.quiet
     def matvec(self, tangent: Weights, /) -> tuple[Array, ...]:
