@@ -325,6 +325,13 @@ def sum_rows(xp: Namespace, x: Array) -> Array:
     return xp.ones((1, x.shape[-2]), dtype=x.dtype, device=device(x)) @ x
 
 
+def eager_most(xp: Namespace, flags: Array) -> bool | None:
+    """One scalar brought to the host: whether at least half of the flags are set; None for lazy arrays."""
+    if is_lazy(flags):
+        return None
+    return bool(2 * int(xp.count_nonzero(flags)) >= math.prod(flags.shape))
+
+
 def cholesky(xp: Namespace, a: Array) -> Array:
     """Lower Cholesky factors; NaN, or garbage on CuPy, in members that have none.
 
@@ -504,7 +511,9 @@ def repair(
     batch = tuple(flags.shape)
 
     def whole(array: Array) -> Array:
-        return xp.broadcast_to(array, (*batch, *array.shape[-2:]))
+        # What has the shape already is written to in place: a broadcast view would be copied.
+        shape = (*batch, *array.shape[-2:])
+        return array if tuple(array.shape) == shape else xp.broadcast_to(array, shape)
 
     def choose() -> tuple[Array, ...]:
         flagged = flags[..., None, None]

@@ -12,19 +12,27 @@ gradient, layer by layer, into a direction.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from natgrad_array import _arrays, linalg
-from natgrad_array._arrays import Array, Namespace, Shape
+from natgrad_array._arrays import Array, Shape
 from natgrad_array.deep_linear import moore_penrose
-from natgrad_array.deep_linear.duals import duals
+from natgrad_array.deep_linear.duals import Pair, duals
 from natgrad_array.deep_linear.products import (
+    Products,
     Weights,
     check_tangent,
     check_weights,
     products,
     sum_kernels,
     widths,
+)
+from natgrad_array.deep_linear.shares import (
+    Subspaces,
+    common_bases,
+    projectors,
+    shares,
+    shares_of_full_rank,
 )
 from natgrad_array.deep_linear.task import GaussianTask
 
@@ -69,24 +77,6 @@ def fisher(weights: Weights, task: GaussianTask, /) -> DeepLinearFisher:
            [6., 4.]])
     """
     return DeepLinearFisher(weights, task)
-
-
-class Subspaces(NamedTuple):
-    """Orthonormal bases adapted to the nested ranges of all layers.
-
-    Left direction p lies in the range of ahead products (Q_i) of `left_count` layers, the
-    last ones; right direction q in the row space of behind products (R_i) of
-    `right_count` layers, the first ones. The layers that have both can realise p qᵀ.
-    """
-
-    left: Array
-    """U, (*batch, n_L, n_L)."""
-    left_count: Array
-    """(*batch, n_L, 1)."""
-    right: Array
-    """V, (*batch, ρ, ρ)."""
-    right_count: Array
-    """(*batch, 1, ρ)."""
 
 
 class DeepLinearFisher:
@@ -346,23 +336,36 @@ class DeepLinearFisher:
         scale = 1.0 / depth if inverse == "layerwise" else 1.0
         return tuple(scale * (e @ y @ x.mT) for (e, x), y in zip(duals, whitened, strict=True))
 
-    def _shares(self, whitened: list[Array], duals: list[tuple[Array, Array]]) -> list[Array]:
+    def _shares(self, whitened: list[Array], pairs: list[Pair]) -> list[Array]:
         """Give each piece of the error to the layers that can realise it, in equal parts.
 
         Which layers can is a matter of the inverses in use: what a cut-off drops from one
         goes to the others.
         """
         xp, depth = self._xp, len(self._layers)
-        kept = duals is self._memory.get(("duals", "auto"))
-        spaces = self._subspaces() if kept else _common_bases(xp, self._projectors_of(duals))
-        realised_by = spaces.left_count + spaces.right_count - depth
-        part = 1.0 / xp.where(realised_by > 0.5, realised_by, 1.0)
-        shares = []
-        for i, y in enumerate(whitened):
-            takes_part = (spaces.left_count > depth - i - 0.5) & (spaces.right_count > i + 0.5)
-            rotated = spaces.left.mT @ y @ spaces.right
-            shares.append(spaces.left @ xp.where(takes_part, part * rotated, 0.0) @ spaces.right.mT)
-        return shares
+        kept = self._memory.get(("duals", "auto"))
+        if kept is None or pairs is not kept[0]:
+            return shares(xp, whitened, common_bases(xp, projectors(pairs, self._products)))
+        full = kept[1]
+        found = tuple(shares_of_full_rank(whitened, pairs, self._products, self._effective_widths()))
+
+        def slow(*arrays: Array) -> tuple[Array, ...]:
+            some = [arrays[k * depth : (k + 1) * depth] for k in range(5)]
+            known = Products(some[1], some[2], None)
+            spaces = common_bases(xp, projectors(list(zip(some[3], some[4], strict=True)), known))
+            return tuple(shares(xp, list(some[0]), spaces))
+
+        if full is True:
+            return list(found)
+        batch = _arrays.broadcast_batch({str(i): tuple(y.shape[:-2]) for i, y in enumerate(found)})
+        arguments = (
+            *whitened,
+            *self._products.ahead,
+            *self._products.behind,
+            *(e for e, _ in pairs),
+            *(x for _, x in pairs),
+        )
+        return list(_arrays.repair(xp, xp.broadcast_to(~full, batch), found, arguments, slow))
 
     def _exact_velocity(self) -> Array:
         """Compute R⁻¹ dW S of every natural gradient: the part of the error that layers can realise."""
@@ -377,27 +380,21 @@ class DeepLinearFisher:
 
     def _projectors(self) -> list[tuple[Array, Array]]:
         """The pairs Q_i, R_i: projectors on range(R⁻¹ W_i^a) and on the row space of W_i^b S."""
-        return self._remember("projectors", lambda: self._projectors_of(self._duals(None, "auto")))
-
-    def _projectors_of(self, duals: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
-        ahead, behind, _ = self._products
-        return [
-            (linalg.symmetric_part(a.mT @ e), linalg.symmetric_part(b.mT @ x))
-            for (e, x), a, b in zip(duals, ahead, behind, strict=True)
-        ]
+        return self._remember("projectors", lambda: projectors(self._duals(None, "auto"), self._products))
 
     def _subspaces(self) -> Subspaces:
-        return self._remember("subspaces", lambda: _common_bases(self._xp, self._projectors()))
+        return self._remember("subspaces", lambda: common_bases(self._xp, self._projectors()))
 
     def _duals(self, rtol: float | Array | None, method: str) -> list[tuple[Array, Array]]:
         """E_i⁺ᵀ and X_i⁺ᵀ of every layer."""
 
-        def compute() -> list[tuple[Array, Array]]:
+        def compute() -> tuple[list[Pair], Array | bool]:
+            """The duals, and which members are known to have full rank."""
             if rtol is None and method == "auto":
-                return duals(self._xp, self._layers, self._task.factors, self._products)[0]
-            return [self._dual_pair(i, rtol, method) for i in range(len(self._layers))]
+                return duals(self._xp, self._layers, self._task.factors, self._products)
+            return [self._dual_pair(i, rtol, method) for i in range(len(self._layers))], False
 
-        return self._remember(("duals", method), compute) if rtol is None else compute()
+        return (self._remember(("duals", method), compute) if rtol is None else compute())[0]
 
     def _dual_pair(self, i: int, rtol: float | Array | None, method: str) -> tuple[Array, Array]:
         ahead, behind, _ = self._products
@@ -585,20 +582,6 @@ class DeepLinearFisher:
             self._memory[key] = value
         result: T = self._memory[key]
         return result
-
-
-def _common_bases(xp: Namespace, projectors: list[tuple[Array, Array]]) -> Subspaces:
-    """Bases that split all nested ranges at once.
-
-    Nested projectors commute, and the eigenvalue of their sum at a direction is the number
-    of layers that reach it: an integer, so the bases are well determined.
-    """
-    (left, right), *others = projectors
-    for q, r in others:
-        left, right = left + q, right + r
-    left_count, u = linalg.eigh(xp, left)
-    right_count, v = linalg.eigh(xp, right)
-    return Subspaces(u, xp.round(left_count)[..., :, None], v, xp.round(right_count)[..., None, :])
 
 
 def _any_lazy(value: Any) -> bool:

@@ -57,7 +57,7 @@ def _by_one_inverse(
     """(W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ = (W_i ⋯ W_1) P⁻¹ (W − W*) P⁻¹ (W_L ⋯ W_i), with P = W.
 
     One inverse and 3L + 1 products, 2n³ flops each, in place of 2(L − 1) solves. None if
-    no member can have it.
+    most members need another way.
     """
     ahead = [layers[-1]]
     for layer in layers[-2::-1]:
@@ -65,7 +65,7 @@ def _by_one_inverse(
     product = ahead.pop()
     inverse, condition = linalg.inverse(xp, product)
     certified = _trusted(xp, condition**2 * _arrays.eps(xp, product)) & full_roots(xp, factors)
-    if _arrays.eager_any(xp, certified) is False:
+    if _arrays.eager_most(xp, certified) is False:
         return None
     gap = product - factors.optimum
     gap *= scale
