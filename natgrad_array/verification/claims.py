@@ -141,6 +141,18 @@ class Case:
         gap = tuple(x - y for x, y in zip(a, b, strict=True))
         return tangent_norm(xp, gap) / (tangent_norm(xp, a) + tangent_norm(xp, b) + tiny(xp, self.like))
 
+    def direction_difference(self, a: Tangent, b: Tangent) -> Array:
+        """`difference` of two directions of descent, which near the optimum are rounding.
+
+        A layer's direction for the error W is the layer itself, so the rounding of W in the
+        error W − W* reaches a direction in proportion to the weights.
+        """
+        xp = self.xp
+        gap = tuple(x - y for x, y in zip(a, b, strict=True))
+        return tangent_norm(xp, gap) / (
+            tangent_norm(xp, a) + tangent_norm(xp, b) + tangent_norm(xp, self.weights) + tiny(xp, self.like)
+        )
+
     def _conditions(self) -> tuple[list[Array], list[Array], Array, Array]:
         """Ranks of the whitened products, the worst condition of one, and that of inverting F.
 
@@ -499,7 +511,7 @@ def _exact_rule(c: Case) -> Outcome:
 @claim("exact rule, wide", "the exact layerwise rule is Eq 42 in the wide regime")
 def _exact_is_layerwise(c: Case) -> Outcome:
     exact, layerwise = (c.fisher.precondition(c.v, inverse=inverse) for inverse in ("exact", "layerwise"))
-    given = c.difference(c.directions["exact"], c.directions["layerwise"])
+    given = c.direction_difference(c.directions["exact"], c.directions["layerwise"])
     return Outcome(largest(c.xp, given, c.difference(exact, layerwise)), c.all_full)
 
 
@@ -561,7 +573,7 @@ def _reflexive(c: Case) -> Outcome | None:
             norm(xp, left_inverse(column) - h) / norm(xp, h),
             c.difference(c.fisher.matvec(inverse(image)), image),
             c.difference(inverse(c.fisher.matvec(back)), back),
-            c.difference(inverse(c.gradient), c.directions["layerwise"]),
+            c.direction_difference(inverse(c.gradient), c.directions["layerwise"]),
             norm(xp, restored - c.v[j]) / norm(xp, c.v[j]),
         ),
         square,
@@ -639,7 +651,9 @@ def _layerwise_is_exact(c: Case) -> Outcome:
     xp = c.xp
     exact = c.white(dl.exact_velocity(c.weights, c.task))
     gap = norm(xp, c.velocity(c.directions["layerwise"]) - exact)
-    return Outcome(gap / (norm(xp, exact) + _arrays.eps(xp, c.like) * c.size), c.all_full)
+    length = norm(xp, exact) + _arrays.eps(xp, c.like) * c.size
+    # Near the optimum the rounding of W and W* is all there is of either velocity.
+    return Outcome(gap / length, c.all_full, c.condition**2 * (1.0 + c.size / length))
 
 
 # -------------------------------------------------------------- Moore–Penrose, conservation
