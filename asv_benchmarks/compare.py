@@ -284,11 +284,20 @@ def run_worker(library: str, options: argparse.Namespace) -> list[dict[str, Any]
         command += [] if options.budget is None else ["--budget", str(options.budget)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         # What libraries print on errors of their own would tear the table apart.
-        status = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+        stopped = None
+        try:
+            status = subprocess.run(
+                command, env=environment, stderr=subprocess.PIPE, text=True, timeout=options.limit, check=False
+            )
+        except subprocess.TimeoutExpired:
+            stopped = f"stopped after {options.limit:.0f} s, its limit"
+        else:
+            if status.returncode:
+                last = (status.stderr.strip().splitlines() or ["no message"])[-1]
+                stopped = f"stopped with exit status {status.returncode}: {last}"
         results = read(path) if path.exists() else []
-    if status.returncode:
-        last = (status.stderr.strip().splitlines() or ["no message"])[-1]
-        results.append({"library": library, "stopped": f"stopped with exit status {status.returncode}: {last}"})
+    if stopped is not None:
+        results.append({"library": library, "stopped": stopped})
     return results
 
 
@@ -317,6 +326,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=backends.DTYPES, default=list(backends.DTYPES))
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all results there too, one a line")
     parser.add_argument("--budget", metavar="SECONDS", type=float, help="time for each row and problem")
+    parser.add_argument(
+        "--limit", metavar="SECONDS", type=float, default=3600.0, help="time for each library, one hour by default"
+    )
     parser.add_argument("--show", metavar="FILE", type=Path, help="measure nothing; print the table of such a file")
     parser.add_argument("--worker", choices=backends.NAMES, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -20,9 +20,10 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# JAX sizes its pool of threads by NPROC. With two threads, two factorisations at once wait for
-# each other for ever (0.10.2), hence four at least. All of these are read once, on import.
-os.environ.setdefault("NPROC", str(max(4, usable_cpus())))
+# JAX sizes its pool of threads by NPROC. Compiled for the CPU (0.10.2), independent factorisations
+# of stacks wait for each other for ever when there are more of them than threads, whoever wrote
+# them: two in two threads, six LU in four. All of these variables are read once, on import.
+os.environ.setdefault("NPROC", str(max(16, usable_cpus())))
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # no TF32
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
