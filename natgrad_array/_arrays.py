@@ -299,19 +299,40 @@ def branch(flag: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     return yes() if bool(flag) else no()
 
 
-def gram(xp: Namespace, x: Array) -> Array:
-    """A new xᵀx, exactly symmetric.
+def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None) -> Array:
+    """A new (xᵀx − lessᵀ less) / divisor, exactly symmetric; `less` is a row.
 
     NumPy knows the product of a matrix with its own transpose, computes half of it and
-    mirrors that; the mean of both halves would add up to half of the product's own time.
+    mirrors that: 0.6–0.9 of the time of a product, and the mean of both halves would add
+    2–10 ms per million entries. JAX takes 0.8 of the time for one contraction without a
+    transpose in float64, and torch takes the row off in one pass over memory.
     """
-    product = xp.matrix_transpose(x) @ x
-    if compat.is_numpy_array(x):
+    if compat.is_numpy_array(x) and _blas_layout(x):
+        product = xp.matrix_transpose(x) @ x
+        if less is not None:
+            product -= less.mT * less
+        product /= divisor
         return product
+    if compat.is_jax_array(x):
+        product = sys.modules["jax"].numpy.einsum("...ki,...kj->...ij", x, x)
+    else:
+        product = xp.matrix_transpose(x) @ x
     # Halved after the sum: XLA would fuse the two halves into one rounding and one exact product.
     product = product + xp.matrix_transpose(product)
-    product *= 0.5
+    if less is not None and compat.is_torch_array(x):
+        product = sys.modules["torch"].addcmul(product, less.mT, less, value=-2)
+    elif less is not None:
+        product -= 2.0 * (xp.matrix_transpose(less) * less)
+    product /= 2 * divisor
     return product
+
+
+def _blas_layout(x: np.ndarray[Any, Any]) -> bool:
+    """Whether NumPy hands these matrices to BLAS as they are: it does not know of copies that they are the same."""
+    (n, p), (down, right), size = x.shape[-2:], x.strides[-2:], x.itemsize
+    by_rows = right == size and down % size == 0 and down >= p * size
+    by_columns = down == size and right % size == 0 and right >= n * size
+    return by_rows or by_columns or x.size == 0
 
 
 def sum_rows(xp: Namespace, x: Array) -> Array:
@@ -330,6 +351,23 @@ def eager_most(xp: Namespace, flags: Array) -> bool | None:
     if is_lazy(flags):
         return None
     return bool(2 * int(xp.count_nonzero(flags)) >= math.prod(flags.shape))
+
+
+def add_to_diagonal(xp: Namespace, a: Array, values: float | Array) -> Array:
+    """`a`, which is the caller's own, with values of shape (*batch, 1, 1) added to its diagonals.
+
+    NumPy and torch write through a view of the diagonal: on NumPy a stack of multiples of
+    the identity doubles the time of the shrinkage of small matrices.
+    """
+    if compat.is_numpy_array(a):
+        diagonal = np.einsum("...ii->...i", a)
+    elif compat.is_torch_array(a):
+        diagonal = a.diagonal(dim1=-2, dim2=-1)
+    else:
+        a += values * eye(xp, a.shape[-1], a)
+        return a
+    diagonal += values if isinstance(values, float) else values[..., 0]
+    return a
 
 
 def cholesky(xp: Namespace, a: Array) -> Array:

@@ -96,9 +96,7 @@ def second_moment(x: Array, y: Array | None = None, /, *, weights: Array | None 
     if y is None:
         if fractions is not None:
             return _arrays.gram(xp, x * xp.sqrt(fractions)[..., None])
-        moment = _arrays.gram(xp, x)
-        moment /= n
-        return moment
+        return _arrays.gram(xp, x, n)
     if fractions is None:
         return xp.matrix_transpose(x) @ y / n
     if x.shape[-1] <= y.shape[-1]:
@@ -164,6 +162,22 @@ def covariance(
     the rounding error of the first, so that a mean of 1e8 times the spread does no harm in
     float64 (the corrected two-pass algorithm of Chan, Golub and LeVeque 1983).
 
+    From 64 samples of equal weight on, members where the square of every feature's mean
+    is at most half of its variance are spared the subtraction: :math:`\langle x x^T \rangle -
+    \bar{x} \bar{x}^T` keeps two thirds of what is subtracted from, so that it rounds like the
+    product itself. Where most members look otherwise, in a few of the samples of a few of
+    the members, the mean of about 64 samples is taken off all of them first. Members that
+    do not meet the bound then, with a feature that does not vary for one, are centred
+    twice as above. One or two scalars come to the host for it; under `jax.jit` they are
+    conditionals, and Dask centres twice. So the last digits of a member may depend on what
+    is stacked with it.
+
+    With n samples of p features a member takes :math:`2 n p^2 + 2 n p + 3 p^2` operations,
+    half of the first term on NumPy, which knows symmetric products; n p more about a few
+    samples' mean, and 3 n p more with two centrings. "ledoit_wolf" adds 4 n p, and all
+    shrinkage :math:`4 p^2`. The memory is that of a few results without a shift, one copy of
+    the samples with one, and two copies of the members that are centred twice.
+
     With :math:`S' = S / \mathrm{tr} S`, :math:`\delta = \lVert S' - I/p \rVert_F^2` (so that
     :math:`\lVert S' \rVert_F^2 = \delta + 1/p`) and
     :math:`x_k` the centred samples, "ledoit_wolf" goes by the fraction
@@ -200,15 +214,13 @@ def covariance(
     spread = None
     if weights is None:
         kurtosis = shrinkage == "ledoit_wolf"
+        divisor = n - correction if n > correction else xp.nan
         if assume_centered:
-            cov = _arrays.gram(xp, x)
+            cov = _arrays.gram(xp, x, divisor)
             if kurtosis:
-                spread = _spread(xp, _lengths(xp, x), cov)
+                spread = _spread(xp, xp.vecdot(x, x), cov)
         else:
-            _, cov, *rest = _scatter(xp, x, kurtosis=kurtosis)
-            spread = rest[0] if rest else None
-        divisor = n - correction
-        cov /= divisor if divisor > 0 else xp.nan
+            cov, spread = _centred_gram(xp, x, divisor, kurtosis=kurtosis)
     else:
         fractions, _, squares = _normalise(xp, weights)
         root = xp.sqrt(fractions)[..., None]
@@ -217,9 +229,8 @@ def covariance(
         else:
             centred = _centre(xp, x, fractions)[1]
             centred *= root
-        cov = _arrays.gram(xp, centred)
         divisor = 1.0 - correction * squares
-        cov = cov / xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None]
+        cov = _arrays.gram(xp, centred, xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None])
     if shrinkage is None:
         return cov
     if shrinkage == "ledoit_wolf":
@@ -304,7 +315,7 @@ class Moments(NamedTuple):
         xp, x, weights = _check_weighted_samples(x, weights)
         n = x.shape[-2]
         if weights is None:
-            mean, scatter = _scatter(xp, x)
+            scatter, mean = _centred_gram(xp, x, 1)
             # Two arrays, not one twice: JAX does not donate a buffer that appears again.
             count, squares = (
                 xp.full(tuple(x.shape[:-2]), n, dtype=x.dtype, device=_arrays.device(x)) for _ in range(2)
@@ -556,54 +567,51 @@ def _centre(xp: Namespace, x: Array, fractions: Array | None) -> tuple[Array, Ar
     return mean + residual, centred
 
 
-def _scatter(xp: Namespace, x: Array, *, kurtosis: bool = False) -> tuple[Array, ...]:
-    """The mean, shape (*batch, 1, p), the sum of (x − mean)(x − mean)ᵀ, and the spread of lengths if asked.
+def _centred_gram(xp: Namespace, x: Array, divisor: float, *, kurtosis: bool = False) -> tuple[Array, ...]:
+    """The sum of (x − mean)(x − mean)ᵀ over `divisor`, and the mean, shape (*batch, 1, p), or the `_spread` if asked.
 
     A centred copy costs more than the product itself where memory is slow, so it is made
     only of samples that need one: see `covariance`.
     """
     if x.shape[-2] < MANY_SAMPLES or not _arrays.can_branch(x):
-        return _two_pass(xp, x, kurtosis)
+        return _two_pass(xp, x, divisor, kurtosis)
     flags, *values = _arrays.branch(
         _looks_centred(xp, x),
-        lambda: _one_pass(xp, x, kurtosis),
-        lambda: _shifted(xp, x, kurtosis),
+        lambda: _one_pass(xp, x, divisor, kurtosis),
+        lambda: _shifted(xp, x, divisor, kurtosis),
     )
-    return _arrays.repair(xp, flags, tuple(values), (x,), lambda part: _two_pass(xp, part, kurtosis))
+    return _arrays.repair(xp, flags, tuple(values), (x,), lambda part: _two_pass(xp, part, divisor, kurtosis))
 
 
-def _two_pass(xp: Namespace, x: Array, kurtosis: bool) -> tuple[Array, ...]:
-    """`_scatter` of any samples."""
+def _two_pass(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
+    """`_centred_gram` of any samples."""
     mean, centred = _centre(xp, x, None)
-    scatter = _arrays.gram(xp, centred)
-    return (mean, scatter, _spread(xp, _lengths(xp, centred), scatter)) if kurtosis else (mean, scatter)
+    gram = _arrays.gram(xp, centred, divisor)
+    return gram, _spread(xp, xp.vecdot(centred, centred), gram) if kurtosis else mean
 
 
-def _one_pass(xp: Namespace, x: Array, kurtosis: bool) -> tuple[Array, ...]:
-    """Members whose mean is not small beside their spread, and `_scatter` of the others."""
+def _one_pass(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
+    """Members whose mean is not small beside their spread, and `_centred_gram` of the others."""
     n = x.shape[-2]
     mean = _mean(xp, x, None)
-    scatter = _arrays.gram(xp, x)
-    # Products of these are the same from both sides of the diagonal; n·mean times mean is not.
-    row = mean * n**0.5
-    squares = _diagonal(xp, scatter)
-    # 3 row² ≤ Σx² is mean² ≤ variance / 2: the difference below keeps two thirds of what it is taken from.
-    good = (3.0 * row[..., 0, :] ** 2 <= squares) & (squares < xp.inf)
-    scatter -= xp.matrix_transpose(row) * row
-    flags = ~xp.all(good, axis=-1)
+    # The square root of n in both factors: the product is then the same from both sides of the diagonal.
+    gram = _arrays.gram(xp, x, divisor, less=mean * n**0.5)
+    squares = _diagonal(xp, gram)
+    # With mean² ≤ variance / 2 two thirds are left of what the mean was taken from.
+    flags = ~xp.all((2.0 * n / divisor) * mean[..., 0, :] ** 2 <= squares, axis=-1)
     if not kurtosis:
-        return flags, mean, scatter
-    lengths = _lengths(xp, x)
+        return flags, gram, mean
+    lengths = xp.vecdot(x, x)
     lengths -= (x @ xp.matrix_transpose(2.0 * mean))[..., 0]
-    lengths += _lengths(xp, mean)
-    return flags, mean, scatter, _spread(xp, lengths, scatter)
+    lengths += xp.vecdot(mean, mean)
+    return flags, gram, _spread(xp, lengths, gram)
 
 
-def _shifted(xp: Namespace, x: Array, kurtosis: bool) -> tuple[Array, ...]:
-    """`_one_pass` after a few samples' mean has been taken off."""
+def _shifted(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
+    """`_one_pass` after the mean of a few samples has been taken off."""
     shift = _mean(xp, _some(x), None)
-    flags, mean, *rest = _one_pass(xp, x - shift, kurtosis)
-    return flags, mean + shift, *rest
+    flags, gram, other = _one_pass(xp, x - shift, divisor, kurtosis)
+    return flags, gram, other if kurtosis else other + shift
 
 
 def _some(x: Array) -> Array:
@@ -631,32 +639,22 @@ def _trace(xp: Namespace, a: Array) -> Array:
     return xp.sum(_diagonal(xp, a), axis=-1)[..., None, None]
 
 
-def _lengths(xp: Namespace, x: Array) -> Array:
-    """‖x_k‖² of each sample: ‖x xᵀ‖_F without the outer product."""
-    return xp.vecdot(x, x)
-
-
-def _spread(xp: Namespace, lengths: Array, scatter: Array) -> Array:
-    """Mean of ‖x_k‖⁴ over tr(S)², from the ‖x_k‖² and n·S, with two core axes of length one."""
-    n = lengths.shape[-1]
-    trace = _trace(xp, scatter)[..., 0] / n
+def _spread(xp: Namespace, lengths: Array, cov: Array) -> Array:
+    """Mean of ‖x_k‖⁴ over tr(S)², from the ‖x_k‖² and S, with two core axes of length one."""
+    trace = _trace(xp, cov)[..., 0]
     lengths = lengths / xp.where(trace == 0.0, 1.0, trace)
-    return xp.vecdot(lengths, lengths)[..., None, None] / n
+    return xp.vecdot(lengths, lengths)[..., None, None] / lengths.shape[-1]
 
 
 def _shrink(xp: Namespace, cov: Array, shrinkage: float | Array) -> Array:
     p = cov.shape[-1]
-    target = shrinkage * _trace(xp, cov) / max(p, 1)
-    shrunk = cov * (1.0 - shrinkage)
-    shrunk += target * _arrays.eye(xp, p, cov)
-    return shrunk
+    return _arrays.add_to_diagonal(xp, cov * (1.0 - shrinkage), shrinkage * _trace(xp, cov) / max(p, 1))
 
 
 def _distance_to_target(xp: Namespace, cov: Array, trace: Array) -> Array:
     """‖S' − I/p‖² of S' = S / tr S: without units, so that no fourth power of x overflows."""
     p = cov.shape[-1]
-    off = cov / trace
-    off -= _arrays.eye(xp, p, cov) / max(p, 1)
+    off = _arrays.add_to_diagonal(xp, cov / trace, -1.0 / max(p, 1))
     return xp.sum(xp.vecdot(off, off), axis=-1)[..., None, None]
 
 

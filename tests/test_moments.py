@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from recording import complaint, record
 from sklearn.covariance import ledoit_wolf, oas, shrunk_covariance
 
+from natgrad_array import _arrays
 from natgrad_array.moments import Moments, covariance, second_moment
 
 SHRINKERS = {"ledoit_wolf": ledoit_wolf, "oas": oas}
@@ -205,6 +206,192 @@ def test_the_mean_of_many_samples_is_right_to_the_last_bit():
     for weights in (None, np.ones(300_001, np.float32)):
         mean = Moments.from_samples(x, weights=weights).mean
         np.testing.assert_allclose(mean, exact(x)[0].astype(float), rtol=np.finfo(np.float32).eps)
+
+
+# -------------------------------------------------------------------------- many samples
+
+
+def ways(n: int, dtype: str = "float64") -> dict[str, np.ndarray]:
+    """Stacks of n samples, named by what the mean of most of their members is like."""
+    rng = np.random.default_rng(n)
+    big = 1e7 if dtype == "float64" else 1e3
+    centred = rng.standard_normal((6, n, 3))
+    centred -= centred.mean(-2, keepdims=True)
+    constant = centred.copy()
+    constant[..., 1] = 0.1
+    one_far = centred.copy()
+    one_far[2] += big
+    one_feature = centred.copy()
+    one_feature[..., 2] += big
+    late = centred.copy()  # the few samples that are looked at say little of the others
+    late[:, 1::2, 0] += big
+    near = centred + np.linspace(0.5, 1.0, 6)[:, None, None]  # on both sides of the bound
+    stacks = {"none": centred, "all": centred + big, "one": one_far, "one feature": one_feature, "near": near}
+    stacks |= {"constant": constant, "ramp": np.sort(centred, axis=-2) + 3.0, "late": late}
+    return {name: stack.astype(dtype) for name, stack in stacks.items()}
+
+
+@pytest.mark.parametrize("n", [64, 65, 127, 300])
+@pytest.mark.parametrize("name", ways(64))
+def test_many_samples_with_and_without_a_mean(everywhere, dtype, name, n):
+    x = ways(n, dtype if everywhere.float64 else "float32")[name]
+    given_x = everywhere.asarray(x)
+
+    def run(a: Any) -> tuple[Any, ...]:
+        return covariance(a), covariance(a, correction=1), Moments.from_samples(a)
+
+    direct, unbiased, moments = everywhere.call(run, given_x)
+    everywhere.check(direct, given_x)
+    direct, unbiased = everywhere.to_numpy(direct), everywhere.to_numpy(unbiased)
+    moments = numpy_moments(everywhere, moments)
+    tol = 1e-13 if direct.dtype == np.float64 else 1e-5
+    eps = float(np.finfo(direct.dtype).eps)
+    for cov in (direct, moments.scatter):
+        np.testing.assert_array_equal(cov, np.swapaxes(cov, -1, -2))
+    for b in range(6):
+        mean, cov = exact(x[b])
+        assert_close(direct[b], cov, tol)
+        assert_close(unbiased[b], exact(x[b], None, 1)[1], tol)
+        assert_close(moments.scatter[b], cov * n, tol)
+        # On the scale of the spread where that is larger than the mean.
+        bound = 10 * eps * (np.abs(mean) + np.sqrt(np.diagonal(cov)))
+        assert np.all(np.abs(moments.mean[b] - mean) <= bound)
+        if name == "constant":
+            assert np.all(np.abs(direct[b][1]) <= eps**2)
+
+
+@pytest.mark.parametrize("shrinkage", SHRINKERS)
+@pytest.mark.parametrize("name", ways(64))
+def test_estimated_shrinkage_of_many_samples(everywhere, dtype, name, shrinkage):
+    x = ways(150, dtype if everywhere.float64 else "float32")[name]
+    actual = everywhere.to_numpy(everywhere.call(covariance, everywhere.asarray(x), shrinkage=shrinkage))
+    for b in range(6):
+        # About its mean, so that scikit-learn's single centring loses nothing.
+        deviation = (x[b] - exact(x[b])[0]).astype(float)
+        assert_close(actual[b], SHRINKERS[shrinkage](deviation)[0], 1e-11 if actual.dtype == np.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("mean", [0.0, 7.0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, "huge"])
+def test_a_bad_sample_among_many(backend, mean, bad):
+    x = samples(5, 80, 3) + mean
+    clean = backend.call(covariance, backend.asarray(x))
+    if bad == "huge":  # its square overflows
+        bad = 1e200 if backend.float64 else 1e30
+    x[3, 11, 1] = bad
+    x[3, 12, 1] = -bad
+    actual = backend.to_numpy(backend.call(covariance, backend.asarray(x)))
+    others = [0, 1, 2, 4]
+    assert_close(actual[others], backend.to_numpy(clean)[others])
+    assert not np.all(np.isfinite(actual[3]))
+
+
+@pytest.mark.parametrize("shrinkage", [None, "ledoit_wolf", "oas", "moments"])
+@pytest.mark.parametrize("name", ["none", "all", "one", "near"])
+def test_gradients_of_many_samples(name, shrinkage):
+    import jax
+
+    torch = pytest.importorskip("torch")
+    # A mean of 1e7 would drown the differences that these are compared to.
+    x = np.where(np.abs(ways(64)[name]) > 1e6, ways(64)[name] - 1e7 + 50.0, ways(64)[name])
+    c = samples(3, 3, seed=9)
+    direction = np.random.default_rng(3).standard_normal(x.shape)
+
+    def value(a: Any) -> Any:
+        weigh = torch.asarray(c) if isinstance(a, torch.Tensor) else c
+        if shrinkage != "moments":
+            return (covariance(a, shrinkage=shrinkage) * weigh).sum()
+        moments = Moments.from_samples(a)
+        return (moments.covariance() * weigh).sum() + (moments.mean**2).sum() / 100.0
+
+    step = 1e-4
+    slope = (value(x + step * direction) - value(x - step * direction)) / (2 * step)
+    leaf = torch.asarray(x.copy(), requires_grad=True)
+    value(leaf).backward()
+    for gradient in (leaf.grad.numpy(), np.asarray(jax.grad(value)(JAX.asarray(x)))):
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-7)
+
+
+def test_no_samples_are_copied_without_need():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 50_000, 8))
+    far = x + 5.0
+    worst = far.copy()
+    worst[:3, :, 0] = 0.3
+    runs = {
+        "none": (0.05, lambda: covariance(x)),
+        "moments": (0.05, lambda: Moments.from_samples(x)),
+        "oas": (0.05, lambda: covariance(x, shrinkage="oas")),
+        "ledoit_wolf": (0.5, lambda: covariance(x, shrinkage="ledoit_wolf")),  # lengths are p times smaller
+        "far": (1.05, lambda: covariance(far)),
+        "most centred twice": (2.1, lambda: covariance(worst)),
+    }
+    for name, (limit, run) in runs.items():
+        tracemalloc.start()
+        try:
+            run()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < limit * x.nbytes, name
+
+
+# ------------------------------------------------------- what is reached beyond the standard
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (1, 3), (5, 0), (7, 1), (2, 3, 40, 17), (0, 5, 2)], ids=str)
+def test_gram_is_the_product_and_symmetric(backend, dtype, shape):
+    x = samples(*shape, dtype=dtype) if shape[-1] else np.zeros(shape, dtype)
+    row = samples(*shape[:-2], 1, shape[-1], seed=2, dtype=dtype) if shape[-1] else np.zeros((1, 0), dtype)
+    given_x, given_row = backend.asarrays(x, row)
+
+    def run(a: Any, less: Any) -> tuple[Any, Any]:
+        xp = _arrays.namespace(a)
+        return _arrays.gram(xp, a), _arrays.gram(xp, a, 2.5, less=less)
+
+    plain, full = (backend.to_numpy(result) for result in backend.call(run, given_x, given_row))
+    wide, wide_row = x.astype(float), row.astype(float)
+    assert_close(plain, np.swapaxes(wide, -1, -2) @ wide)
+    assert_close(full, (np.swapaxes(wide, -1, -2) @ wide - np.swapaxes(wide_row, -1, -2) * wide_row) / 2.5)
+    for result in (plain, full):
+        np.testing.assert_array_equal(result, np.swapaxes(result, -1, -2))
+
+
+@pytest.mark.parametrize("layout", ["F-order", "transposed", "every other", "negative strides", "zero strides"])
+def test_gram_of_numpy_is_symmetric_in_every_layout(layout, dtype):
+    view = LAYOUTS[layout](samples(3, 37, 11, dtype=dtype))
+    product = _arrays.gram(_arrays.namespace(view), view)
+    np.testing.assert_array_equal(product, np.swapaxes(product, -1, -2))
+    assert_close(product, np.einsum("bki,bkj->bij", view.astype(float), view))
+
+
+def test_sum_rows_and_diagonals(everywhere, dtype):
+    x, a = samples(2, 9, 4, dtype=dtype), samples(2, 3, 3, dtype=dtype)
+    values = samples(2, 1, 1, dtype=dtype)
+    given_x, given_values = everywhere.asarrays(x, values)
+    xp = _arrays.namespace(given_x)
+    total = everywhere.call(lambda x: _arrays.sum_rows(xp, x), given_x)
+    everywhere.check(total, given_x)
+    assert_close(everywhere.to_numpy(total), x.astype(float).sum(-2, keepdims=True))
+    for layout in (np.ascontiguousarray, np.asfortranarray, lambda a: a.swapaxes(-1, -2).copy().swapaxes(-1, -2)):
+        for value, expected in ((given_values, values), (0.5, 0.5)):
+            # What it is given is its own.
+            own = xp.matrix_transpose(everywhere.asarray(layout(a).swapaxes(-1, -2))) + 0.0
+            actual = everywhere.call(lambda a, v: _arrays.add_to_diagonal(xp, a, v), own, value)
+            assert_close(everywhere.to_numpy(actual), a.astype(float) + expected * np.eye(3))
+
+
+def test_branch_takes_one_way(backend):
+    numbers = backend.asarray(np.asarray([1.0, 2.0]))
+
+    def run(a: Any, bound: float) -> Any:
+        xp = _arrays.namespace(a)
+        assert _arrays.can_branch(a)
+        return _arrays.branch(xp.all(a > bound), lambda: a + 1.0, lambda: a - 1.0)
+
+    np.testing.assert_array_equal(backend.to_numpy(backend.call(run, numbers, 0.0)), [2.0, 3.0])
+    np.testing.assert_array_equal(backend.to_numpy(backend.call(run, numbers, 1.5)), [0.0, 1.0])
+    assert not _arrays.can_branch(DASK.asarray(np.zeros(2)))
 
 
 # ----------------------------------------------------------------------------- shrinkage

@@ -117,7 +117,15 @@ CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "covariance centred": lambda b: deferred(ng.covariance, normal(0, b, 9, 4), assume_centered=True, shrinkage=0.1),
     "covariance ledoit_wolf": lambda b: deferred(ng.covariance, normal(0, b, 9, 4), shrinkage="ledoit_wolf"),
     "covariance oas": lambda b: deferred(ng.covariance, normal(0, b, 9, 4), shrinkage="oas"),
+    **{
+        f"covariance many samples {name}, mean {mean}": lambda b, name=name, mean=mean: deferred(
+            ng.covariance, normal(0, b, 90, 4) + mean, shrinkage=name
+        )
+        for name in (None, "ledoit_wolf", "oas")
+        for mean in (0, 5)
+    },
     "Moments.from_samples": lambda b: deferred(ng.Moments.from_samples, normal(0, b, 9, 4)),
+    "Moments.from_samples many samples": lambda b: deferred(ng.Moments.from_samples, normal(0, b, 90, 4)),
     "Moments.from_samples weighted": lambda b: deferred(
         ng.Moments.from_samples, normal(0, b, 9, 4), weights=np.ones((b, 9))
     ),
