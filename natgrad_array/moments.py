@@ -398,16 +398,16 @@ class Moments(NamedTuple):
             raise ValueError(f"other must have the {p} features of self, got {q}")
         _arrays.broadcast_batch({"self": tuple(self.weight.shape), "other": tuple(other.weight.shape)})
         weight = self.weight + other.weight
-        share = other.weight / xp.where(weight == 0.0, 1.0, weight)
+        total = xp.where(weight == 0.0, 1.0, weight)
+        share = other.weight / total
         step = other.mean - self.mean
         # The heavier mean is the one to correct: an empty side then leaves no trace at all.
-        mean = xp.where(
-            (self.weight < other.weight)[..., None],
-            other.mean - step * (self.weight / xp.where(weight == 0.0, 1.0, weight))[..., None],
-            self.mean + step * share[..., None],
-        )
+        lighter = self.weight < other.weight
+        mean = xp.where(lighter[..., None], other.mean, self.mean)
+        mean += step * xp.where(lighter, -self.weight / total, share)[..., None]
         step = step * xp.sqrt(self.weight * share)[..., None]
-        scatter = self.scatter + other.scatter + step[..., :, None] * step[..., None, :]
+        scatter = self.scatter + other.scatter
+        scatter += step[..., :, None] * step[..., None, :]
         return Moments(xp.asarray(weight), xp.asarray(self.weight_squared + other.weight_squared), mean, scatter)
 
     def discount(self, factor: float | Array, /) -> Moments:
@@ -622,10 +622,9 @@ def _some(x: Array) -> Array:
 def _looks_centred(xp: Namespace, x: Array) -> Array:
     """Whether most members seem to have a mean that is small beside their spread, from a few members and samples."""
     few = _some(x[(*(slice(None, None, max(1, size // 8)) for size in x.shape[:-2]), ...)])
-    mean = _mean(xp, few, None)
-    few = few - mean
-    variance = xp.mean(few * few, axis=-2)
-    off = xp.any(3.0 * mean[..., 0, :] ** 2 > variance, axis=-1)
+    total, squares = _arrays.sum_rows(xp, few), _arrays.sum_rows(xp, few * few)
+    # 4 mean² > ⟨x²⟩ is 3 mean² > variance: a little more than the bound, since a few samples vary.
+    off = xp.any(4.0 * total * total > few.shape[-2] * squares, axis=-1)
     return xp.mean(xp.astype(off, x.dtype)) <= 0.5
 
 
