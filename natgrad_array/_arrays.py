@@ -303,8 +303,8 @@ def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None
     """A new (xᵀx − lessᵀ less) / divisor, exactly symmetric; `less` is a row.
 
     NumPy knows the product of a matrix with its own transpose, computes half of it and
-    mirrors that: 0.6–0.9 of the time of a product, and the mean of both halves would add
-    2–4 ms per million entries. torch takes the row off in one pass over memory.
+    mirrors that, so that no mean of both halves is needed. torch takes the row off in one
+    pass over memory.
     """
     if compat.is_numpy_array(x) and _blas_layout(x):
         product = xp.matrix_transpose(x) @ x
@@ -334,8 +334,8 @@ def _blas_layout(x: np.ndarray[Any, Any]) -> bool:
 def sum_rows(xp: Namespace, x: Array) -> Array:
     """The sum over axis -2, kept as an axis of length one.
 
-    A product with ones is 1–10 times faster than the strided sum on NumPy, and 3–16 times
-    slower on JAX, whose compiler would fuse the sum with what is around it.
+    A product with ones is faster than the strided sum on NumPy, and slower on JAX, whose
+    compiler fuses the sum with what is around it.
     """
     if compat.is_jax_array(x):
         return xp.sum(x, axis=-2, keepdims=True)
@@ -398,11 +398,11 @@ def inverse(xp: Namespace, a: Array) -> Array:
     if compat.is_numpy_array(a) and kernel is not None:
         with np.errstate(all="ignore"):
             return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
-    if compat.is_jax_array(a):
-        return xp.linalg.inv(a)
     finite = finite_members(xp, a)
     # A NaN can keep a GPU's LU factorisation busy for ever.
     safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
+    if compat.is_jax_array(a):
+        return xp.where(finite, xp.linalg.inv(safe), xp.nan)
     if compat.is_torch_array(a):
         result, failed = sys.modules["torch"].linalg.inv_ex(safe)
         return xp.where(finite & (failed == 0)[..., None, None], result, xp.nan)

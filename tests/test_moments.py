@@ -9,7 +9,7 @@ import pickle
 import re
 import tracemalloc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import array_api_strict
@@ -77,6 +77,16 @@ def assert_close(actual: np.ndarray, desired: np.ndarray, tol: float | None = No
 
 def numpy_moments(backend: Backend, moments: Moments) -> Moments:
     return Moments(*(backend.to_numpy(field) for field in moments))
+
+
+def peak_of(run: Callable[[], Any]) -> int:
+    """The most bytes that NumPy's arrays took during a call."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 # -------------------------------------------------------------------------------- values
@@ -327,13 +337,7 @@ def test_no_samples_are_copied_without_need():
         "most centred twice": (2.1, lambda: covariance(worst)),
     }
     for name, (limit, run) in runs.items():
-        tracemalloc.start()
-        try:
-            run()
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        assert peak < limit * x.nbytes, name
+        assert peak_of(run) < limit * x.nbytes, name
 
 
 # ------------------------------------------------------- what is reached beyond the standard
@@ -1053,23 +1057,12 @@ def test_large_samples_are_held_once():
         "moments": lambda: Moments.from_samples(x, weights=w),
     }
     for name, run in runs.items():
-        tracemalloc.start()
-        try:
-            run()
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        assert peak < 1.5 * x.nbytes, name
+        assert peak_of(run) < 1.5 * x.nbytes, name
 
 
 def test_wide_samples_need_no_square_of_samples_or_cube():
     x = samples(500, 40)
-    tracemalloc.start()
-    try:
-        covariance(x, shrinkage="ledoit_wolf")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_of(lambda: covariance(x, shrinkage="ledoit_wolf"))
     assert peak < 3 * x.nbytes  # 500 × 500 would be 12.5, 500 × 40 × 40 would be 40
 
 

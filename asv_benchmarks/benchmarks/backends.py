@@ -132,7 +132,7 @@ def load_jax() -> Any:
     """Import JAX with one thread for each LAPACK call.
 
     JAX runs the factorisations of a stack on threads of its own, and OpenBLAS's threads
-    below them then get in each other's way: the same call took from 0.2 to 19 s. SciPy's
+    below them then get in each other's way. SciPy's
     OpenBLAS, which JAX uses, reads the number when it is loaded; NumPy's is another one.
     """
     before = os.environ.get("OPENBLAS_NUM_THREADS")

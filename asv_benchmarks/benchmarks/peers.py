@@ -133,8 +133,11 @@ def square_inverses(xp: Any, weights: Weights, known: Known) -> Weights:
     Correct for square networks without a singular layer. The product W is not needed, and
     errors go with the condition of the layers in place of that of their products.
     """
-    inverses = [xp.linalg.inv(layer) for layer in weights]
-    left = [known.optimum]
+    return _multiplied_up(weights, [xp.linalg.inv(layer) for layer in weights], known.optimum)
+
+
+def _multiplied_up(weights: Weights, inverses: list[Array], optimum: Array) -> Weights:
+    left = [optimum]
     for v in inverses[:0:-1]:
         left.append(v @ left[-1])
     left.reverse()
@@ -475,17 +478,8 @@ def reference_direction(weights: Weights, moment: np.ndarray, cross: np.ndarray)
     """
     wide = np.longdouble
     layers = [np.asarray(layer, dtype=wide) for layer in weights]
-    inverses = [_refined_inverse(layer) for layer in layers]
-    known = Known(moment, cross, np.asarray(cross, dtype=wide) @ _refined_inverse(np.asarray(moment, dtype=wide)), None)
-    left = [known.optimum]
-    for v in inverses[:0:-1]:
-        left.append(v @ left[-1])
-    left.reverse()
-    right, directions = None, []
-    for layer, part, v in zip(layers, left, inverses, strict=True):
-        directions.append((layer - _times(part, right)) / len(layers))
-        right = _times(right, v)
-    return tuple(directions)
+    optimum = np.asarray(cross, dtype=wide) @ _refined_inverse(np.asarray(moment, dtype=wide))
+    return _multiplied_up(layers, [_refined_inverse(layer) for layer in layers], optimum)
 
 
 def _refined_inverse(a: np.ndarray) -> np.ndarray:

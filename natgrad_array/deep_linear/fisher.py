@@ -11,7 +11,7 @@ gradient, layer by layer, into a direction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from natgrad_array import _arrays, linalg
@@ -93,6 +93,8 @@ class DeepLinearFisher:
     -----
     A tangent, a gradient or a direction is a tuple with one array of the shape of each
     layer's weights. In dense matrices layers follow each other and Vec stacks columns.
+    Inverses and ranks of eager arrays bring a scalar or two to the host, which say whether
+    any member needs singular values.
     """
 
     def __init__(self, weights: Weights, task: GaussianTask) -> None:
@@ -313,9 +315,11 @@ class DeepLinearFisher:
         rtol = self._check_inverse(inverse, rtol, method)
         if inverse == "moore_penrose":
             return self._moore_penrose(rtol).apply(tangent)
-        duals = self._duals(rtol, method)
-        whitened = [e.mT @ g @ x for (e, x), g in zip(duals, tangent, strict=True)]
-        return self._layer_rule(inverse, duals, whitened)
+        pairs, full = self._duals(rtol, method)
+        whitened = [e.mT @ g @ x for (e, x), g in zip(pairs, tangent, strict=True)]
+        if inverse == "exact":
+            whitened = self._shares(whitened, pairs, full)
+        return self._layer_rule(inverse, pairs, whitened)
 
     def _natural_gradient(self, inverse: str, rtol: float | Array | None, method: str) -> tuple[Array, ...]:
         """Precondition the task's own gradient, whose whitened form is known: one inverse less."""
@@ -323,41 +327,31 @@ class DeepLinearFisher:
         error = -self._products.error
         if inverse == "moore_penrose":
             return self._moore_penrose(rtol).apply_to_function_space(error)
-        depth = range(len(self._layers))
-        # One layer's inverses at a time: an ensemble's memory stays near that of its weights.
-        duals = self._duals(rtol, method) if inverse == "exact" else (self._dual_pair(i, rtol, method) for i in depth)
-        return self._layer_rule(inverse, duals, [error for _ in depth])
-
-    def _layer_rule(self, inverse: str, duals: Any, whitened: list[Array]) -> tuple[Array, ...]:
-        """E_i⁺ᵀ Y_i X_i⁺ for every layer, where Y_i is its share of the whitened gradient."""
         depth = len(self._layers)
         if inverse == "exact":
-            whitened = self._shares(whitened, duals)
-        scale = 1.0 / depth if inverse == "layerwise" else 1.0
-        return tuple(scale * (e @ y @ x.mT) for (e, x), y in zip(duals, whitened, strict=True))
+            pairs, full = self._duals(rtol, method)
+            return self._layer_rule(inverse, pairs, self._shares([error] * depth, pairs, full))
+        # One layer's inverses at a time: an ensemble's memory stays near that of its weights.
+        return self._layer_rule(inverse, (self._dual_pair(i, rtol, method) for i in range(depth)), [error] * depth)
 
-    def _shares(self, whitened: list[Array], pairs: list[Pair]) -> list[Array]:
+    def _layer_rule(self, inverse: str, pairs: Iterable[Pair], whitened: list[Array]) -> tuple[Array, ...]:
+        """E_i⁺ᵀ Y_i X_i⁺ for every layer, where Y_i is what it takes of the whitened gradient."""
+        scale = 1.0 / len(self._layers) if inverse == "layerwise" else 1.0
+        return tuple(scale * (e @ y @ x.mT) for (e, x), y in zip(pairs, whitened, strict=True))
+
+    def _shares(self, whitened: list[Array], pairs: list[Pair], full: Array | bool) -> list[Array]:
         """Give each piece of the error to the layers that can realise it, in equal parts.
 
         Which layers can is a matter of the inverses in use: what a cut-off drops from one
-        goes to the others.
+        goes to the others. `full` says for which members nothing was dropped.
         """
         xp, depth = self._xp, len(self._layers)
-        kept = self._memory.get(("duals", "auto"))
-        if kept is None or pairs is not kept[0]:
-            return shares(xp, whitened, common_bases(xp, projectors(pairs, self._products)))
-        full = kept[1]
-        found = tuple(shares_of_full_rank(whitened, pairs, self._products, self._effective_widths()))
 
-        def slow(*arrays: Array) -> tuple[Array, ...]:
-            some = [arrays[k * depth : (k + 1) * depth] for k in range(5)]
-            known = Products(some[1], some[2], None)
-            spaces = common_bases(xp, projectors(list(zip(some[3], some[4], strict=True)), known))
-            return tuple(shares(xp, list(some[0]), spaces))
+        def at_any_rank(*arrays: Array) -> tuple[Array, ...]:
+            given, ahead, behind, left, right = (arrays[k * depth : (k + 1) * depth] for k in range(5))
+            of_layers = projectors(list(zip(left, right, strict=True)), Products(ahead, behind, None))
+            return tuple(shares(xp, list(given), common_bases(xp, of_layers)))
 
-        if full is True:
-            return list(found)
-        batch = _arrays.broadcast_batch({str(i): tuple(y.shape[:-2]) for i, y in enumerate(found)})
         arguments = (
             *whitened,
             *self._products.ahead,
@@ -365,7 +359,13 @@ class DeepLinearFisher:
             *(e for e, _ in pairs),
             *(x for _, x in pairs),
         )
-        return list(_arrays.repair(xp, xp.broadcast_to(~full, batch), found, arguments, slow))
+        if full is False:
+            return list(at_any_rank(*arguments))
+        found = tuple(shares_of_full_rank(whitened, pairs, self._products, self._effective_widths()))
+        if full is True:
+            return list(found)
+        batch = _arrays.broadcast_batch({str(i): tuple(y.shape[:-2]) for i, y in enumerate(found)})
+        return list(_arrays.repair(xp, xp.broadcast_to(~full, batch), found, arguments, at_any_rank))
 
     def _exact_velocity(self) -> Array:
         """Compute R⁻¹ dW S of every natural gradient: the part of the error that layers can realise."""
@@ -380,31 +380,30 @@ class DeepLinearFisher:
 
     def _projectors(self) -> list[tuple[Array, Array]]:
         """The pairs Q_i, R_i: projectors on range(R⁻¹ W_i^a) and on the row space of W_i^b S."""
-        return self._remember("projectors", lambda: projectors(self._duals(None, "auto"), self._products))
+        return self._remember("projectors", lambda: projectors(self._duals(None, "auto")[0], self._products))
 
     def _subspaces(self) -> Subspaces:
         return self._remember("subspaces", lambda: common_bases(self._xp, self._projectors()))
 
-    def _duals(self, rtol: float | Array | None, method: str) -> list[tuple[Array, Array]]:
-        """E_i⁺ᵀ and X_i⁺ᵀ of every layer."""
+    def _duals(self, rtol: float | Array | None, method: str) -> tuple[list[Pair], Array | bool]:
+        """E_i⁺ᵀ and X_i⁺ᵀ of every layer, and which members are known to have the full rank of all shapes."""
 
         def compute() -> tuple[list[Pair], Array | bool]:
-            """The duals, and which members are known to have full rank."""
             if rtol is None and method == "auto":
                 return duals(self._xp, self._layers, self._task.factors, self._products)
             return [self._dual_pair(i, rtol, method) for i in range(len(self._layers))], False
 
-        return (self._remember(("duals", method), compute) if rtol is None else compute())[0]
+        return self._remember(("duals", method), compute) if rtol is None else compute()
 
-    def _dual_pair(self, i: int, rtol: float | Array | None, method: str) -> tuple[Array, Array]:
+    def _dual_pair(self, i: int, rtol: float | Array | None, method: str) -> Pair:
+        """The duals of one layer by a given cut-off, or through its covariances."""
         ahead, behind, _ = self._products
         sizes = self._effective_widths()
         pair = []
         for factor, along in ((ahead[i], sizes[i + 1 :]), (behind[i], sizes[: i + 1])):
             # Rounding of a product grows with the lengths of all sums behind it. That of a
             # covariance is as large, not its square, and the cut-off is one on roots.
-            rounding = sum(along) * _arrays.eps(self._xp, factor)
-            cutoff = rtol if rtol is not None else rounding if method == "auto" else rounding**0.5
+            cutoff = rtol if rtol is not None else (sum(along) * _arrays.eps(self._xp, factor)) ** 0.5
             pair.append(linalg.dual(self._xp, factor, min(along), cutoff, method))
         return pair[0], pair[1]
 

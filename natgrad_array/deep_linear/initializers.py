@@ -143,7 +143,9 @@ def balanced(
     Parameters
     ----------
     rng, sizes, batch_shape, like
-        As in `gaussian`. Hidden bases are drawn uniformly.
+        As in `gaussian`. Hidden bases are drawn uniformly. The signs of the product's
+        singular vectors are the library's, so that one seed gives layers which may differ
+        between libraries in the signs of modes; their product does not.
     scale : float or array of shape (*batch,)
         Scale of a Gaussian end-to-end matrix, where none is given.
     end_to_end : array, shape (*batch, n_L, n_0), optional

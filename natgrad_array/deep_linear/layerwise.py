@@ -3,8 +3,7 @@
 A ladder of three: one inverse of the end-to-end matrix of a square network; the smaller
 Gram matrices of its factors, applied and never multiplied out, for any other; the dual
 factors themselves, by their singular values where a rank is in doubt. A condition number
-says which members a rung has right, and the others go to the next. Directions are without
-the factor 1/L.
+says which members a rung has right, and the others go to the next.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, sc
     if len(layers) == 1:
         return _by_duals(xp, layers, factors, scale)
     square = len({*widths(layers), int(factors.input_root.shape[-1])}) == 1
-    fast = _by_one_inverse if square else _by_gram_matrices
-    fast_result = fast(xp, layers, factors, scale)
-    if fast_result is None:
+    fast = (_by_one_inverse if square else _by_gram_matrices)(xp, layers, factors, scale)
+    if fast is None:
         return _by_duals(xp, layers, factors, scale)
-    found, certified = fast_result
+    found, certified = fast
     batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
     flags = xp.broadcast_to(~certified, batch)
     matrices = [name for name in factors._fields if name != "minimum_loss"]
@@ -83,7 +81,7 @@ def _by_one_inverse(
 
 def _by_gram_matrices(
     xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float
-) -> tuple[Directions, Array] | None:
+) -> tuple[Directions, Array]:
     """Apply the inverses of the smaller Gram matrices, from the narrow end to the wide one.
 
     For a factor m × n of rank r = min(m, n): one Gram matrix and two products with it,
@@ -153,7 +151,7 @@ def _narrow(chain: Chain, k: int) -> int | None:
 
 
 def _by_duals(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Directions:
-    """Multiply by explicit dual factors."""
+    """Multiply by explicit dual factors: 6L − 3 products, and what the duals are made of."""
     found = products(layers, factors)
     error = -scale * found.error
     pairs, _ = duals(xp, layers, factors, found)

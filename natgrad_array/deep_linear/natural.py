@@ -65,10 +65,12 @@ def natural_gradient(
     -----
     Eqs 24–26, 34, 35 and 42 of Bernacchia, Lengyel and Hennequin (2018), supplement.
     "layerwise" costs one n × n inverse and 3L + 1 products for a square network whose
-    end-to-end matrix is well conditioned, inverses of the layers and some 6L products where
-    it is not, and for other shapes two products and a Gram matrix a factor; on eager arrays
-    two scalars say which members need what. In a layer of a square network only what is
-    singular to the layer's own rounding counts as singular.
+    end-to-end matrix is well conditioned, inverses of the layers and 6L − 3 products where
+    it is not, and for other shapes two products and a Gram matrix a factor. On eager arrays
+    a scalar or three say which members need what; the way is chosen by what most of a stack
+    needs, so that a member's last digits may depend on what is stacked with it. In a
+    layer of a square network only what is singular to the layer's own rounding counts as
+    singular.
     "moore_penrose" beyond two layers and n_0 n_L = 64 iterates to convergence, and on
     eager arrays reads one scalar a round.
 

@@ -135,23 +135,19 @@ class Case:
         good = _arrays.finite_members(xp, matrix) & usable[..., None, None]
         return xp.linalg.inv(xp.where(good, matrix, _arrays.eye(xp, matrix.shape[-1], matrix)))
 
-    def difference(self, a: Tangent, b: Tangent) -> Array:
-        """Norm of a − b relative to that of both."""
+    def difference(self, a: Tangent, b: Tangent, *others: Tangent) -> Array:
+        """Norm of a − b relative to that of both, and of others that their rounding comes from."""
         xp = self.xp
         gap = tuple(x - y for x, y in zip(a, b, strict=True))
-        return tangent_norm(xp, gap) / (tangent_norm(xp, a) + tangent_norm(xp, b) + tiny(xp, self.like))
+        return tangent_norm(xp, gap) / (sum(tangent_norm(xp, t) for t in (a, b, *others)) + tiny(xp, self.like))
 
-    def direction_difference(self, a: Tangent, b: Tangent) -> Array:
+    def of_directions(self, a: Tangent, b: Tangent) -> Array:
         """`difference` of two directions of descent, which near the optimum are rounding.
 
-        A layer's direction for the error W is the layer itself, so the rounding of W in the
-        error W − W* reaches a direction in proportion to the weights.
+        A layer's direction for the error W is the layer itself: as the rounding of W is to W,
+        so is that of a direction to the weights.
         """
-        xp = self.xp
-        gap = tuple(x - y for x, y in zip(a, b, strict=True))
-        return tangent_norm(xp, gap) / (
-            tangent_norm(xp, a) + tangent_norm(xp, b) + tangent_norm(xp, self.weights) + tiny(xp, self.like)
-        )
+        return self.difference(a, b, self.weights)
 
     def _conditions(self) -> tuple[list[Array], list[Array], Array, Array]:
         """Ranks of the whitened products, the worst condition of one, and that of inverting F.
@@ -511,7 +507,7 @@ def _exact_rule(c: Case) -> Outcome:
 @claim("exact rule, wide", "the exact layerwise rule is Eq 42 in the wide regime")
 def _exact_is_layerwise(c: Case) -> Outcome:
     exact, layerwise = (c.fisher.precondition(c.v, inverse=inverse) for inverse in ("exact", "layerwise"))
-    given = c.direction_difference(c.directions["exact"], c.directions["layerwise"])
+    given = c.of_directions(c.directions["exact"], c.directions["layerwise"])
     return Outcome(largest(c.xp, given, c.difference(exact, layerwise)), c.all_full)
 
 
@@ -573,7 +569,7 @@ def _reflexive(c: Case) -> Outcome | None:
             norm(xp, left_inverse(column) - h) / norm(xp, h),
             c.difference(c.fisher.matvec(inverse(image)), image),
             c.difference(inverse(c.fisher.matvec(back)), back),
-            c.direction_difference(inverse(c.gradient), c.directions["layerwise"]),
+            c.of_directions(inverse(c.gradient), c.directions["layerwise"]),
             norm(xp, restored - c.v[j]) / norm(xp, c.v[j]),
         ),
         square,

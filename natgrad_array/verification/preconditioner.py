@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from natgrad_array import _arrays
 from natgrad_array import deep_linear as dl
 from natgrad_array._arrays import Array
-from natgrad_array.deep_linear.products import Weights, check_tangent, check_weights
+from natgrad_array.deep_linear.products import Weights, check_tangent, check_weights, products
 
 
 class PreconditionerCheck(NamedTuple):
@@ -107,7 +107,7 @@ def check_preconditioner(
             )
         return found
 
-    ahead, behind = _partial_products(layers, factors)
+    ahead, behind, _ = products(layers, factors)
     columns, expected = [], []
     basis = _arrays.eye(xp, size, layers[0])
     for k in range(size):
@@ -126,15 +126,6 @@ def check_preconditioner(
     return PreconditionerCheck(
         residual, _ratio(xp, _inner(xp, step, exact), length * reference), _ratio(xp, length, reference)
     )
-
-
-def _partial_products(layers: tuple[Array, ...], factors: Any) -> tuple[list[Array], list[Array]]:
-    ahead, behind = [factors.noise_root_inverse.mT], [factors.input_root]
-    for layer in layers[:0:-1]:
-        ahead.append(layer.mT @ ahead[-1])
-    for layer in layers[:-1]:
-        behind.append(layer @ behind[-1])
-    return ahead[::-1], behind
 
 
 def _flat(xp: Any, matrix: Array, batch: tuple[int, ...]) -> Array:
