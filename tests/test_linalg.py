@@ -1203,6 +1203,7 @@ def test_inverse_of_a_stack_with_bad_members(backend: Backend, dtype: str) -> No
     backend.check(inverse, x)
     inverse, bound = backend.to_numpy(inverse), backend.to_numpy(bound)
     assert not np.any(bound[[1, 3]] < 1e6)
+    assert not np.any(np.all(np.isfinite(inverse[[1, 3]]), axis=(-2, -1)))
     for b in (0, 2, 4):
         np.testing.assert_allclose(inverse[b], np.linalg.inv(a[b]), atol=2000 * epsilon(inverse))
         assert bound[b] < 1e5
