@@ -172,6 +172,17 @@ def test_members_without_a_certificate_take_the_next_rung_alone(sizes: tuple[int
     assert_members([d[1:2] for d in found], singular, given, 1e-9)
 
 
+def test_layers_of_full_rank_whose_product_is_singular() -> None:
+    """Only the square factor W_2 W_1 S shows it: all that is inverted besides has full rank."""
+    weights, given = list(network((4, 9, 4, 5))), moments(4, 5)
+    u, _, vh = np.linalg.svd(weights[0][1], full_matrices=True)
+    left = np.linalg.qr(np.random.default_rng(3).standard_normal((4, 4)))[0]
+    weights[0][1] = (u[:, :4] * [2.0, 1.5, 1.2, 1.0]) @ vh
+    weights[1][1] = left @ (u[:, [0, 1, 2, 5]] * [1.0, 1.3, 1.6, 1.0]).T
+    found = dl.natural_gradient(tuple(weights), ng.GaussianTask(*given))
+    assert_members(found, tuple(weights), given, 1e-10)
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_a_nan_stays_in_its_member(sizes: tuple[int, ...]) -> None:
     weights, given = [w.copy() for w in network(sizes)], moments(sizes[0], sizes[-1])
