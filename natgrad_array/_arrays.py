@@ -7,10 +7,13 @@ standard is reached through the few functions at the end of this file and nowher
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextvars
 import itertools
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -292,9 +295,9 @@ def can_branch(array: Array) -> bool:
     return compat.is_jax_array(array) or not is_lazy(array)
 
 
-def branch(flag: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+def branch(flag: Array | bool, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """One of two ways by one scalar: on the host, or a conditional in a JAX trace."""
-    if is_lazy(flag):
+    if not isinstance(flag, bool) and is_lazy(flag):
         return sys.modules["jax"].lax.cond(flag, yes, no)
     return yes() if bool(flag) else no()
 
@@ -540,9 +543,11 @@ def repair(
     Notes
     -----
     On eager arrays a scalar or two come to the host, and only flagged members are
-    computed again. A JAX trace has one conditional for the whole stack.
+    computed again. A JAX trace has one conditional of three ways: nothing, a sixteenth of
+    the stack or the whole of it is computed again.
     """
     batch = tuple(flags.shape)
+    members = math.prod(batch)
 
     def whole(array: Array) -> Array:
         # What has the shape already is written to in place: a broadcast view would be copied.
@@ -553,10 +558,30 @@ def repair(
         flagged = flags[..., None, None]
         return tuple(xp.where(flagged, new, old) for new, old in zip(slow(*arguments), values, strict=True))
 
+    def flat(array: Array) -> Array:
+        return xp.reshape(whole(array), (members, *array.shape[-2:]))
+
+    def taken(chosen: Array, **options: str) -> list[Array]:
+        # What all members share is not taken apart.
+        return [xp.take(flat(array), chosen, axis=0, **options) if array.ndim > 2 else array for array in arguments]
+
     if is_lazy(flags):
-        result: tuple[Array, ...] = sys.modules["jax"].lax.cond(
-            xp.any(flags), choose, lambda: tuple(whole(value) for value in values)
-        )
+        few, count = members // 16, xp.count_nonzero(flags)
+
+        def some() -> tuple[Array, ...]:
+            # A trace has fixed shapes: places that no member fills lie outside the stack.
+            (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)), size=few, fill_value=members)
+            new = slow(*taken(chosen, mode="clip"))
+            return tuple(
+                xp.reshape(flat(old).at[chosen].set(part, mode="drop"), (*batch, *old.shape[-2:]))
+                for old, part in zip(values, new, strict=True)
+            )
+
+        ways = [lambda: tuple(whole(value) for value in values), some, choose]
+        if not few:
+            del ways[1]
+        index = xp.sum(count > xp.asarray([0, few] if few else [0]))
+        result: tuple[Array, ...] = sys.modules["jax"].lax.switch(index, ways)
         return result
     if not bool(xp.any(flags)):
         return values
@@ -566,16 +591,90 @@ def repair(
         # The standard has no assignment by index: everything is computed again, and chosen.
         return choose()
     (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)))
-
-    def flat(array: Array) -> Array:
-        return xp.reshape(whole(array), (-1, *array.shape[-2:]))
-
-    # What all members share is not taken apart.
-    parts = [xp.take(flat(array), chosen, axis=0) if array.ndim > 2 else array for array in arguments]
     return tuple(
         xp.reshape(xpx.at(flat(old))[chosen, ...].set(new), (*batch, *old.shape[-2:]))
-        for old, new in zip(values, slow(*parts), strict=True)
+        for old, new in zip(values, slow(*taken(chosen)), strict=True)
     )
+
+
+PIECE_BYTES = 2**19
+"""The size of one stack of matrices that stays in a processor's cache with a few others."""
+
+
+def in_pieces(
+    function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], cores: Sequence[Shape]
+) -> tuple[Array, ...]:
+    """Apply a function of stacks of matrices; on NumPy to pieces of the stacks, in threads.
+
+    NumPy works on a stack with one processor, and for every step of a long computation goes
+    through memory. Both cost a factor of two where the matrices are neither so small that
+    a step is over before a thread has begun, nor so large that BLAS has threads of its own.
+
+    Parameters
+    ----------
+    function : callable
+        Takes arrays like `arrays` and returns a tuple of stacks with the batch axes of all
+        of them; what it does for a member depends on no other.
+    arrays : tuple of arrays, shapes (*batch, m, n)
+        Batch axes may still have to broadcast.
+    cores : sequence of tuple of int
+        The core shapes of what `function` returns.
+    """
+    sides = {side for core in cores for side in core}
+    if not compat.is_numpy_array(arrays[0]) or min(sides) < 16 or max(sides) > 64:
+        return function(*arrays)
+    batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
+    member = max(math.prod(core) for core in cores) * arrays[0].dtype.itemsize
+    length = max(batch, default=1)
+    count = min(length, -(-math.prod(batch) * member // PIECE_BYTES))
+    if count < 2:
+        return function(*arrays)
+    axis = batch.index(length) - len(batch) - 2
+    results = tuple(np.empty((*batch, *core), dtype=arrays[0].dtype) for core in cores)
+
+    def work(piece: slice) -> None:
+        parts = [array[_along(axis, piece)] if _has(array, axis, length) else array for array in arrays]
+        for result, part in zip(results, function(*parts), strict=True):
+            result[_along(axis, piece)] = part
+
+    ends = [length * k // count for k in range(count + 1)]
+    pieces = [slice(*pair) for pair in itertools.pairwise(ends)]
+    threads = min(usable_threads(), count)
+    if threads < 2:
+        for piece in pieces:
+            work(piece)
+        return results
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        # Settings such as `errstate` belong to the caller's context.
+        waiting = [pool.submit(contextvars.copy_context().run, work, piece) for piece in pieces]
+        for future in waiting:
+            future.result()
+    return results
+
+
+def _has(array: Array, axis: int, length: int) -> bool:
+    return array.ndim >= -axis and array.shape[axis] == length
+
+
+def _along(axis: int, piece: slice) -> tuple[Any, ...]:
+    """The index that takes a piece of an axis counted from the end."""
+    return (..., piece, *(slice(None),) * (-axis - 1))
+
+
+def usable_threads() -> int:
+    """How many threads NumPy's work is given: one for each usable processor, unless BLAS is told fewer.
+
+    One in a thread that is not the main one, where whoever started it has taken the
+    processors already.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        if (limit := os.environ.get(name, "")).isdigit() and int(limit) > 0:
+            return min(count, int(limit))
+    return count
 
 
 def block_matrix(

@@ -1,79 +1,65 @@
 """The layerwise rule (Eq 42) for an ensemble, each member by the fastest way that is exact for it.
 
-A ladder of three: one inverse of the end-to-end matrix of a square network; the smaller
-Gram matrices of its factors, applied and never multiplied out, for any other; the dual
-factors themselves, by their singular values where a rank is in doubt. A condition number
-says which members a rung has right, and the others go to the next.
+A ladder: for square networks one inverse of the end-to-end matrix, or one of each layer;
+for any other the smaller Gram matrices of its factors, applied and never multiplied out;
+then the dual factors themselves, by their singular values where a rank is in doubt. A
+condition number says which members a rung has right, and the others go to the next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
-from natgrad_array.deep_linear.duals import Chain, chains, duals, full_roots
-from natgrad_array.deep_linear.products import products, widths
+from natgrad_array.deep_linear import square
+from natgrad_array.deep_linear.duals import Chain, chains, duals
+from natgrad_array.deep_linear.products import products
 from natgrad_array.deep_linear.task import TaskFactors
 
 Directions = tuple[Array, ...]
+Rung = Callable[[Namespace, tuple[Array, ...], TaskFactors, float], tuple[Directions, Array]]
+
+_MATRICES = tuple(name for name in TaskFactors._fields if name != "minimum_loss")
 
 
 def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Directions:
     """`scale` times E_i^{+T} R⁻¹(W − W*)S X_i⁺ for every layer."""
-    if len(layers) == 1:
-        return _by_duals(xp, layers, factors, scale)
-    square = len({*widths(layers), int(factors.input_root.shape[-1])}) == 1
-    fast = (_by_one_inverse if square else _by_gram_matrices)(xp, layers, factors, scale)
-    if fast is None:
-        return _by_duals(xp, layers, factors, scale)
-    found, certified = fast
-    batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
-    flags = xp.broadcast_to(~certified, batch)
-    matrices = [name for name in factors._fields if name != "minimum_loss"]
+    depth = len(layers)
+    if depth == 1:
+        return _by_duals(xp, layers, factors, scale)[0]
+    stacks = (*layers, *(getattr(factors, name) for name in _MATRICES))
 
-    def slow(*arrays: Array) -> Directions:
-        some, rest = arrays[: len(layers)], arrays[len(layers) :]
-        return _by_duals(xp, some, factors._replace(**dict(zip(matrices, rest, strict=True))), scale)
+    def on_stacks(rung: Rung) -> Callable[..., tuple[Array, ...]]:
+        """A rung as a function of stacks of matrices, with the flags as the last of them."""
 
-    return _arrays.repair(xp, flags, found, (*layers, *(getattr(factors, name) for name in matrices)), slow)
+        def run(*arrays: Array) -> tuple[Array, ...]:
+            matrices: dict[str, Any] = dict(zip(_MATRICES, arrays[depth:], strict=True))
+            found, certified = rung(xp, arrays[:depth], factors._replace(**matrices), scale)
+            batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
+            return (*found, xp.broadcast_to(certified, batch)[..., None, None])
 
+        return run
 
-def _trusted(xp: Namespace, error: Array) -> Array:
-    """Which members a rung may keep whose relative error is at most about `error`.
+    if not square.is_square(layers, factors):
+        return _descend(xp, stacks, [on_stacks(rung) for rung in (_by_gram_matrices, _by_duals)])
+    rungs = [on_stacks(rung) for rung in (square.by_one_inverse, square.by_layer_inverses, _by_duals)]
 
-    It grows with a squared condition number, where the next rung's grows with the number
-    itself. The limit is 6e-10 in float64 and 4e-4 in float32; most errors are far below.
-    """
-    return error < 16 * _arrays.eps(xp, error) ** (2 / 3)
+    cores = [tuple(layer.shape[-2:]) for layer in layers]
 
+    def down_from(first: int) -> Directions:
+        return _arrays.in_pieces(lambda *arrays: _descend(xp, arrays, rungs[first:]), stacks, cores)
 
-# ---------------------------------------------------------------------------- square networks
+    return _arrays.branch(square.one_inverse_serves(xp, layers), lambda: down_from(0), lambda: down_from(1))
 
 
-def _by_one_inverse(
-    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float
-) -> tuple[Directions, Array] | None:
-    """(W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ = (W_i ⋯ W_1) P⁻¹ (W − W*) P⁻¹ (W_L ⋯ W_i), with P = W.
-
-    One inverse and 3L + 1 products, 2n³ flops each, in place of 2(L − 1) solves. None if
-    most members need another way.
-    """
-    ahead = [layers[-1]]
-    for layer in layers[-2::-1]:
-        ahead.append(ahead[-1] @ layer)
-    product = ahead.pop()
-    inverse, condition = linalg.inverse(xp, product)
-    certified = _trusted(xp, condition**2 * _arrays.eps(xp, product)) & full_roots(xp, factors)
-    if _arrays.eager_most(xp, certified) is False:
-        return None
-    gap = product - factors.optimum
-    gap *= scale
-    half = inverse @ gap
-    found = [layers[0] @ half]
-    moved = layers[0] @ (half @ inverse)
-    for layer, rest in zip(layers[1:], reversed(ahead), strict=True):
-        moved = layer @ moved
-        found.append(moved @ rest)
-    return tuple(found), certified
+def _descend(xp: Namespace, stacks: tuple[Array, ...], rungs: list[Callable[..., tuple[Array, ...]]]) -> Directions:
+    """Take all members down the first rung, and those without a certificate down the next ones."""
+    found = rungs[0](*stacks)
+    for rung in rungs[1:]:
+        found = _arrays.repair(xp, ~found[-1][..., 0, 0], found, stacks, rung)
+    return found[:-1]
 
 
 # ----------------------------------------------------------------------------- other networks
@@ -96,7 +82,7 @@ def _by_gram_matrices(
     for chain in (left, right):
         for k in range(1, depth):
             piece = chain.piece(k)
-            certified = certified & _trusted(xp, piece.condition * _arrays.eps(xp, piece.core))
+            certified = certified & square.trusted(xp, piece.condition * _arrays.eps(xp, piece.core))
     return directions, certified
 
 
@@ -150,9 +136,12 @@ def _narrow(chain: Chain, k: int) -> int | None:
 # -------------------------------------------------------------------------- the general case
 
 
-def _by_duals(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Directions:
-    """Multiply by explicit dual factors: 6L − 3 products, and what the duals are made of."""
+def _by_duals(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float
+) -> tuple[Directions, Array]:
+    """Multiply by explicit dual factors: 6L − 3 products, and what the duals are made of. All are right."""
     found = products(layers, factors)
     error = -scale * found.error
     pairs, _ = duals(xp, layers, factors, found)
-    return tuple(e @ error @ x.mT for e, x in pairs)
+    directions = tuple(e @ error @ x.mT for e, x in pairs)
+    return directions, xp.ones((), dtype=xp.bool, device=_arrays.device(error))
