@@ -302,6 +302,15 @@ def branch(flag: Array | bool, yes: Callable[[], Any], no: Callable[[], Any]) ->
     return yes() if bool(flag) else no()
 
 
+def branches_freely(array: Array) -> bool:
+    """Whether `branch` costs no more than the way it takes: not in a trace for a CPU.
+
+    There XLA works on independent operations side by side, but not within a conditional,
+    which makes a long computation a quarter slower.
+    """
+    return not is_lazy(array) or sys.modules["jax"].default_backend() != "cpu"
+
+
 def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None) -> Array:
     """A new (xᵀx − lessᵀ less) / divisor, exactly symmetric; `less` is a row.
 

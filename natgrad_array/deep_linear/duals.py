@@ -85,16 +85,29 @@ class Thin(NamedTuple):
             return y @ self.core.mT
         return (y @ self.x.mT) @ self.core if m < n else (y @ self.core) @ self.x.mT
 
-    def matrix(self, xp: Namespace) -> Array:
-        """The dual, with one Newton step that undoes the squaring of the condition number."""
+    def refined(self, xp: Namespace) -> tuple[Array, Array]:
+        """The dual after one Newton step, which undoes the squaring of the condition number, and a bound.
+
+        The residual r = ‖1 − x⁺x‖ of the dual before the step is squared by it, and r < 1
+        proves that x has full rank. The bound is on the condition number κ of x; Inf where the
+        step leaves more than κ times the rounding of x.
+        """
         m, n = self.x.shape[-2:]
         if m == n:
-            return self.core
+            return self.core, self.condition
         if m < n:
             dual = self.core @ self.x
-            return dual + _residual(xp, dual @ self.x.mT) @ dual
-        dual = self.x @ self.core
-        return dual + dual @ _residual(xp, self.x.mT @ dual)
+            residual = _residual(xp, dual @ self.x.mT)
+            step = residual @ dual
+        else:
+            dual = self.x @ self.core
+            residual = _residual(xp, self.x.mT @ dual)
+            step = dual @ residual
+        r = linalg.frobenius(xp, residual)
+        # ‖x⁺‖ is at most ‖dual‖ / (1 − r).
+        condition = 2.0 * linalg.frobenius(xp, self.x) * linalg.frobenius(xp, dual)
+        dual += step
+        return dual, xp.where((r < 0.5) & (r**2 < _arrays.eps(xp, dual) * condition), condition, xp.inf)
 
 
 def thin(xp: Namespace, x: Array) -> Thin:
@@ -180,19 +193,16 @@ class Chain:
         certified: Array | bool = True
         for k in range(1, len(self.widths)):
             piece, (kind, start) = self.piece(k), self.routes[k]
-            matrix = piece.matrix(xp)
+            matrix, condition = piece.refined(xp)
             found.append(matrix if kind == "whole" else matrix @ found[start])
             epsilon = _arrays.eps(xp, matrix)
             if kind == "layer":
                 # A layer is known exactly, so it is of full rank unless rounding alone could
                 # have made it so: a singular matrix, rounded, has a condition of some √n / eps.
                 limit = 0.25 / epsilon
-            elif piece.x.shape[-1] == piece.x.shape[-2]:
-                limit = 1.0 / (self.rounding(k) + 4 * self.widths[k] * epsilon)
             else:
-                # The Newton step squares the relative error of the Gram matrix's inverse.
-                limit = epsilon**-0.5
-            certified = certified & (piece.condition < limit)
+                limit = 1.0 / (self.rounding(k) + 4 * self.widths[k] * epsilon)
+            certified = certified & (condition < limit)
         return found[1:], certified
 
 

@@ -32,6 +32,8 @@ def one_inverse_serves(xp: Namespace, layers: tuple[Array, ...]) -> Array | bool
 
     A scalar, from a few of them. An attempt for all costs about half of the next way for all.
     """
+    if not _arrays.branches_freely(layers[0]):
+        return False
     batch = _arrays.broadcast_batch({str(i): tuple(layer.shape[:-2]) for i, layer in enumerate(layers)})
     members = math.prod(batch)
     if members * layers[0].shape[-1] ** 3 < 2**20 and not _arrays.is_lazy(layers[0]):
