@@ -242,7 +242,14 @@ def eps(xp: Namespace, like: Array) -> float:
 
 def finite_members(xp: Namespace, *arrays: Array) -> Array:
     """Which members of a stack of matrices have no NaN or Inf, with core axes kept as ones."""
-    flags = [xp.all(xp.isfinite(array), axis=(-2, -1), keepdims=True) for array in arrays]
+    flags = []
+    for array in arrays:
+        if compat.is_torch_array(array) and 0 not in array.shape[-2:]:
+            # One pass over memory in place of three.
+            norm = sys.modules["torch"].linalg.vector_norm(array, ord=math.inf, dim=(-2, -1), keepdim=True)
+            flags.append(xp.isfinite(norm))
+        else:
+            flags.append(xp.all(xp.isfinite(array), axis=(-2, -1), keepdims=True))
     result = flags[0]
     for flag in flags[1:]:
         result = result & flag
@@ -390,8 +397,7 @@ def cholesky(xp: Namespace, a: Array) -> Array:
             with np.errstate(all="ignore"):
                 return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
     elif compat.is_torch_array(a):
-        factor, failed = sys.modules["torch"].linalg.cholesky_ex(a)
-        return xp.where((failed == 0)[..., None, None], factor, xp.nan)
+        return _nan_where_failed(*sys.modules["torch"].linalg.cholesky_ex(a))
     elif compat.is_jax_array(a) or compat.is_cupy_array(a):
         return xp.linalg.cholesky(a)
     finite = finite_members(xp, a)
@@ -410,16 +416,32 @@ def inverse(xp: Namespace, a: Array) -> Array:
     if compat.is_numpy_array(a) and kernel is not None:
         with np.errstate(all="ignore"):
             return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
+    if compat.is_torch_array(a) and a.device.type == "cpu":
+        return _nan_where_failed(*sys.modules["torch"].linalg.inv_ex(a))
     finite = finite_members(xp, a)
     # A NaN can keep a GPU's LU factorisation busy for ever.
     safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
     if compat.is_jax_array(a):
         return xp.where(finite, xp.linalg.inv(safe), xp.nan)
     if compat.is_torch_array(a):
-        result, failed = sys.modules["torch"].linalg.inv_ex(safe)
-        return xp.where(finite & (failed == 0)[..., None, None], result, xp.nan)
+        return xp.where(finite, _nan_where_failed(*sys.modules["torch"].linalg.inv_ex(safe)), xp.nan)
     (result,) = by_halving(xp, lambda x: (xp.linalg.inv(x),), safe, lambda x: (xp.full_like(x, xp.nan),))
     return xp.where(finite, result, xp.nan)
+
+
+def _nan_where_failed(result: Array, failed: Array) -> Array:
+    """What torch's functions without checks return, with NaN in members that they could not do."""
+    if failed.device.type == "cpu" and not bool(failed.any()):
+        return result
+    return sys.modules["torch"].where((failed == 0)[..., None, None], result, math.nan)
+
+
+def norms(xp: Namespace, a: Array) -> Array:
+    """Frobenius norm of each member of a stack of matrices."""
+    if compat.is_torch_array(a):
+        return sys.modules["torch"].linalg.vector_norm(a, dim=(-2, -1))
+    flat = xp.reshape(a, (*a.shape[:-2], a.shape[-2] * a.shape[-1]))
+    return xp.sqrt(xp.linalg.vecdot(flat, flat))
 
 
 def inverse_of_factored(factor: Array) -> Array | None:

@@ -325,7 +325,7 @@ def _condition_bound(xp: Namespace, a: Array, inverse: Array) -> Array:
     Schwarz, with the largest and the smallest singular value paired crosswise), which makes
     the bound close where singular values are equal. Inf where nothing is proved.
     """
-    bound = frobenius(xp, a) * frobenius(xp, inverse)
+    bound = _arrays.norms(xp, a) * _arrays.norms(xp, inverse)
     n = a.shape[-1]
     # Both norms are rounded, by no more than a few n·eps of their product.
     bound = bound * (1.0 + 4 * n * _arrays.eps(xp, a)) - max(n - 2, 0)
@@ -343,12 +343,6 @@ def positive_inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
     factor = _arrays.cholesky(xp, a)
     result = _inverse_of_factored(xp, factor)
     return result, xp.where(_is_factor(xp, factor, a), _condition_bound(xp, a, result), xp.inf)
-
-
-def frobenius(xp: Namespace, a: Array) -> Array:
-    """Frobenius norm of each member, an upper bound on its largest singular value."""
-    flat = xp.reshape(a, (*a.shape[:-2], a.shape[-2] * a.shape[-1]))
-    return xp.sqrt(xp.linalg.vecdot(flat, flat))
 
 
 def inverse_lower(xp: Namespace, lower: Array) -> Array:

@@ -103,9 +103,9 @@ class Thin(NamedTuple):
             dual = self.x @ self.core
             residual = _residual(xp, self.x.mT @ dual)
             step = dual @ residual
-        r = linalg.frobenius(xp, residual)
+        r = _arrays.norms(xp, residual)
         # ‖x⁺‖ is at most ‖dual‖ / (1 − r).
-        condition = 2.0 * linalg.frobenius(xp, self.x) * linalg.frobenius(xp, dual)
+        condition = 2.0 * _arrays.norms(xp, self.x) * _arrays.norms(xp, dual)
         dual += step
         return dual, xp.where((r < 0.5) & (r**2 < _arrays.eps(xp, dual) * condition), condition, xp.inf)
 
