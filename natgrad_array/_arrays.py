@@ -386,7 +386,7 @@ def add_to_diagonal(xp: Namespace, a: Array, values: float | Array) -> Array:
 
 
 def cholesky(xp: Namespace, a: Array) -> Array:
-    """Lower Cholesky factors; NaN, or garbage on CuPy, in members that have none.
+    """Lower Cholesky factors; NaN in members that have none.
 
     NumPy's public function raises for a whole stack and computes float32 in float64; the
     generalised ufunc behind it writes NaN into the members that fail and keeps the dtype.
@@ -398,12 +398,39 @@ def cholesky(xp: Namespace, a: Array) -> Array:
                 return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
     elif compat.is_torch_array(a):
         return _nan_where_failed(*sys.modules["torch"].linalg.cholesky_ex(a))
-    elif compat.is_jax_array(a) or compat.is_cupy_array(a):
+    elif compat.is_jax_array(a):
         return xp.linalg.cholesky(a)
+    elif compat.is_cupy_array(a):
+        return nan_unless_factor(xp, xp.linalg.cholesky(a), a)
     finite = finite_members(xp, a)
     safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
     (factor,) = by_halving(xp, lambda x: (xp.linalg.cholesky(x),), safe, lambda x: (xp.full_like(x, xp.nan),))
     return xp.where(finite, factor, xp.nan)
+
+
+def nan_unless_factor(xp: Namespace, factor: Array, a: Array) -> Array:
+    """Cholesky factors with NaN in the members that they do not belong to.
+
+    CuPy leaves finite garbage where a factorisation broke off, and its norms may pass for
+    those of an inverse; but only a factor of the matrix has its diagonal.
+    """
+    rows, diagonal = xp.linalg.vecdot(factor, factor), xp.linalg.diagonal(a)
+    precision = 8 * a.shape[-1] * eps(xp, a)
+    fits = xp.all(xp.abs(rows - diagonal) <= precision * xp.abs(diagonal), axis=-1)
+    return xp.where(fits[..., None, None], factor, xp.nan)
+
+
+def has_fast_inverse(a: Array) -> bool:
+    """Whether `inverse` beats the way by Cholesky factors: small matrices on NumPy, in one call for all."""
+    return compat.is_numpy_array(a) and a.shape[-1] <= BLAS_THREADS_FROM
+
+
+def merges_products(a: Array) -> bool:
+    """Whether one large product is faster than a stack of small ones.
+
+    Not in a thread of `in_pieces`: BLAS would start threads of its own for it.
+    """
+    return not (compat.is_numpy_array(a) and threading.current_thread() is not threading.main_thread())
 
 
 def inverse(xp: Namespace, a: Array) -> Array:
@@ -628,8 +655,11 @@ def repair(
     )
 
 
-PIECE_BYTES = 2**19
+PIECE_BYTES = 2**20
 """The size of one stack of matrices that stays in a processor's cache with a few others."""
+
+BLAS_THREADS_FROM = 64
+"""OpenBLAS gives products of larger matrices threads of its own."""
 
 
 def in_pieces(
@@ -651,8 +681,8 @@ def in_pieces(
     cores : sequence of tuple of int
         The core shapes of what `function` returns.
     """
-    sides = {side for core in cores for side in core}
-    if not compat.is_numpy_array(arrays[0]) or min(sides) < 16 or max(sides) > 64:
+    largest = max(side for core in cores for side in core)
+    if not compat.is_numpy_array(arrays[0]) or not 16 <= largest <= BLAS_THREADS_FROM:
         return function(*arrays)
     batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
     member = max(math.prod(core) for core in cores) * arrays[0].dtype.itemsize
@@ -660,6 +690,8 @@ def in_pieces(
     count = min(length, -(-math.prod(batch) * member // PIECE_BYTES))
     if count < 2:
         return function(*arrays)
+    threads = min(usable_threads(), count)
+    count = min(length, -(-count // threads) * threads)
     axis = batch.index(length) - len(batch) - 2
     results = tuple(np.empty((*batch, *core), dtype=arrays[0].dtype) for core in cores)
 
@@ -670,7 +702,6 @@ def in_pieces(
 
     ends = [length * k // count for k in range(count + 1)]
     pieces = [slice(*pair) for pair in itertools.pairwise(ends)]
-    threads = min(usable_threads(), count)
     if threads < 2:
         for piece in pieces:
             work(piece)

@@ -181,7 +181,7 @@ def symmetric_part(a: Array) -> Array:
 
 def matmul(a: Array, b: Array) -> Array:
     """Multiply a @ b, as one product where all members share b."""
-    if b.ndim > 2 or a.ndim < 3:
+    if b.ndim > 2 or a.ndim < 3 or not _arrays.merges_products(a):
         return a @ b
     xp = _arrays.namespace(a)
     rows = xp.reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
@@ -269,7 +269,7 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     unit = a + a.mT
     unit *= 0.5 / scale
     factor = _arrays.cholesky(xp, unit)
-    factored = _is_factor(xp, factor, unit)
+    factored = xp.isfinite(factor[..., -1, -1])
     if method == "auto" and _arrays.eager_any(xp, factored) is False:
         return _pinvh_eigh(xp, a, rtol)
     inverse = _inverse_of_factored(xp, factor)
@@ -295,17 +295,6 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
 def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
     values, vectors, kept = eigh_kept(xp, symmetric_part(a), rtol)
     return symmetric_part((vectors * reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT)
-
-
-def _is_factor(xp: Namespace, factor: Array, a: Array) -> Array:
-    """Which members a Cholesky factor belongs to.
-
-    Some libraries leave finite garbage where a factorisation broke off, and its norms may
-    pass for those of an inverse; but only a factor of the matrix has its diagonal.
-    """
-    rows, diagonal = xp.linalg.vecdot(factor, factor), xp.linalg.diagonal(a)
-    precision = 8 * a.shape[-1] * _arrays.eps(xp, a)
-    return xp.all(xp.abs(rows - diagonal) <= precision * xp.abs(diagonal), axis=-1)
 
 
 def _inverse_of_factored(xp: Namespace, factor: Array) -> Array:
@@ -339,10 +328,11 @@ def inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
 
 
 def positive_inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
-    """`inverse` of positive definite matrices, through Cholesky factors."""
-    factor = _arrays.cholesky(xp, a)
-    result = _inverse_of_factored(xp, factor)
-    return result, xp.where(_is_factor(xp, factor, a), _condition_bound(xp, a, result), xp.inf)
+    """`inverse` of positive definite matrices, through Cholesky factors where that is faster."""
+    if _arrays.has_fast_inverse(a):
+        return inverse(xp, a)
+    result = _inverse_of_factored(xp, _arrays.cholesky(xp, a))
+    return result, _condition_bound(xp, a, result)
 
 
 def inverse_lower(xp: Namespace, lower: Array) -> Array:

@@ -292,9 +292,8 @@ def test_cholesky_finds_the_failures(backend: Backend, dtype: str) -> None:
     x = np.stack([SPECIAL[name].matrix for name in (*bad, *good, *bad)]).astype(dtype)
     factor = backend.to_numpy(backend.call(lambda a: _arrays.cholesky(backend.xp, a), backend.asarray(x)))
     for lower, name in zip(factor, (*bad, *good, *bad), strict=True):
-        # CuPy leaves finite garbage where there is no factor, and a NaN in the upper triangle is not
-        # seen by those that read the lower one; the certificate of `pinvh` finds both out.
-        if name in good or (backend.name != "cupy" and name != "nan in the upper triangle only"):
+        # A NaN in the upper triangle is not seen by those that read the lower one.
+        if name in good or name != "nan in the upper triangle only":
             assert np.isfinite(lower).all() == (name in good), name
 
 

@@ -42,15 +42,16 @@ def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, sc
 
         return run
 
-    if not square.is_square(layers, factors):
-        return _descend(xp, stacks, [on_stacks(rung) for rung in (_by_gram_matrices, _by_duals)])
-    rungs = [on_stacks(rung) for rung in (square.by_one_inverse, square.by_layer_inverses, _by_duals)]
-
+    is_square = square.is_square(layers, factors)
+    fast = [square.by_one_inverse, square.by_layer_inverses] if is_square else [_by_gram_matrices]
+    rungs = [on_stacks(rung) for rung in (*fast, _by_duals)]
     cores = [tuple(layer.shape[-2:]) for layer in layers]
 
     def down_from(first: int) -> Directions:
         return _arrays.in_pieces(lambda *arrays: _descend(xp, arrays, rungs[first:]), stacks, cores)
 
+    if not is_square:
+        return down_from(0)
     return _arrays.branch(square.one_inverse_serves(xp, layers), lambda: down_from(0), lambda: down_from(1))
 
 
