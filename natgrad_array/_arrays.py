@@ -422,7 +422,7 @@ def nan_unless_factor(xp: Namespace, factor: Array, a: Array) -> Array:
 
 def has_fast_inverse(a: Array) -> bool:
     """Whether `inverse` beats the way by Cholesky factors: small matrices on NumPy, in one call for all."""
-    return compat.is_numpy_array(a) and a.shape[-1] <= BLAS_THREADS_FROM
+    return bool(compat.is_numpy_array(a) and a.shape[-1] <= BLAS_THREADS_FROM)
 
 
 def merges_products(a: Array) -> bool:
@@ -715,7 +715,7 @@ def in_pieces(
 
 
 def _has(array: Array, axis: int, length: int) -> bool:
-    return array.ndim >= -axis and array.shape[axis] == length
+    return bool(array.ndim >= -axis and array.shape[axis] == length)
 
 
 def _along(axis: int, piece: slice) -> tuple[Any, ...]:

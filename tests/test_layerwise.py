@@ -246,6 +246,35 @@ def test_gaussian_networks_in_float32_keep_their_digits() -> None:
     assert np.mean(np.asarray(off) > 1e-2) <= 1 / 64
 
 
+def test_a_probe_chooses_the_way_of_a_square_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gaussian products are too ill conditioned for one inverse, those of orthogonal layers are not."""
+    taken = []
+    for name in ("by_one_inverse", "by_layer_inverses"):
+        way = getattr(square, name)
+        monkeypatch.setattr(square, name, lambda *args, way=way, name=name: taken.append(name) or way(*args))
+    task = ng.GaussianTask(*moments(32, 32))
+    rng = np.random.default_rng(0)
+    gaussian = tuple(rng.standard_normal((48, 32, 32)) / 32**0.5 for _ in range(4))
+    dl.natural_gradient(gaussian, task)
+    assert set(taken) == {"by_layer_inverses"}
+    taken.clear()
+    dl.natural_gradient(network((32,) * 5, batch=48), task)
+    assert set(taken) == {"by_one_inverse"}
+
+
+@pytest.mark.parametrize("sizes", [(48, 32, 24, 16), (16, 24, 32, 48)], ids=str)
+def test_gaussian_networks_in_float32_need_no_singular_values(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The residual of a dual proves what the condition of its Gram matrix leaves open."""
+    monkeypatch.setattr(linalg, "svd", None)
+    rng = np.random.default_rng(0)
+    weights = tuple((rng.standard_normal((64, m, n)) / n**0.5).astype(np.float32) for n, m in itertools.pairwise(sizes))
+    given = moments(sizes[0], sizes[-1])
+    found = dl.natural_gradient(weights, ng.GaussianTask(*(m.astype(np.float32) for m in given)))
+    assert_members(found, tuple(w.astype(np.float64) for w in weights), given, 5e-3)
+
+
 # ------------------------------------------------------------------------------- products
 
 

@@ -196,13 +196,10 @@ class Chain:
             matrix, condition = piece.refined(xp)
             found.append(matrix if kind == "whole" else matrix @ found[start])
             epsilon = _arrays.eps(xp, matrix)
-            if kind == "layer":
-                # A layer is known exactly, so it is of full rank unless rounding alone could
-                # have made it so: a singular matrix, rounded, has a condition of some √n / eps.
-                limit = 0.25 / epsilon
-            else:
-                limit = 1.0 / (self.rounding(k) + 4 * self.widths[k] * epsilon)
-            certified = certified & (condition < limit)
+            # A layer is known exactly, so it is of full rank unless rounding alone could
+            # have made it so: a singular matrix, rounded, has a condition of some √n / eps.
+            uncertain = 4 * epsilon if kind == "layer" else self.rounding(k) + 4 * self.widths[k] * epsilon
+            certified = certified & (condition < 1.0 / uncertain)
         return found[1:], certified
 
 

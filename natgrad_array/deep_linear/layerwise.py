@@ -52,7 +52,10 @@ def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, sc
 
     if not is_square:
         return down_from(0)
-    return _arrays.branch(square.one_inverse_serves(xp, layers), lambda: down_from(0), lambda: down_from(1))
+    found: Directions = _arrays.branch(
+        square.one_inverse_serves(xp, layers), lambda: down_from(0), lambda: down_from(1)
+    )
+    return found
 
 
 def _descend(xp: Namespace, stacks: tuple[Array, ...], rungs: list[Callable[..., tuple[Array, ...]]]) -> Directions:
@@ -137,9 +140,7 @@ def _narrow(chain: Chain, k: int) -> int | None:
 # -------------------------------------------------------------------------- the general case
 
 
-def _by_duals(
-    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float
-) -> tuple[Directions, Array]:
+def _by_duals(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> tuple[Directions, Array]:
     """Multiply by explicit dual factors: 6L − 3 products, and what the duals are made of. All are right."""
     found = products(layers, factors)
     error = -scale * found.error

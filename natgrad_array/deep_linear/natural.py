@@ -64,13 +64,15 @@ def natural_gradient(
     Notes
     -----
     Eqs 24–26, 34, 35 and 42 of Bernacchia, Lengyel and Hennequin (2018), supplement.
-    "layerwise" costs one n × n inverse and 3L + 1 products for a square network whose
-    end-to-end matrix is well conditioned, inverses of the layers and 6L − 3 products where
-    it is not, and for other shapes two products and a Gram matrix a factor. On eager arrays
-    a scalar or three say which members need what; the way is chosen by what most of a stack
-    needs, so that a member's last digits may depend on what is stacked with it. In a
-    layer of a square network only what is singular to the layer's own rounding counts as
-    singular.
+    "layerwise" costs, for a square network whose end-to-end matrix is well conditioned, one
+    n × n inverse and 3L + 1 products; L inverses and 3L − 4 products where it is not; and
+    for other shapes two products and a Gram matrix a factor. On eager arrays a scalar or
+    three say which members need what; the way is chosen by what most of a stack needs, so
+    that a member's last digits may depend on what is stacked with it. In a layer of a square
+    network only what is singular to the layer's own rounding counts as singular. On NumPy
+    large stacks of matrices up to 64 × 64 are worked on in pieces by several threads: as
+    many as there are processors, or as OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or
+    OMP_NUM_THREADS say, and one when called from a thread that is not the main one.
     "moore_penrose" beyond two layers and n_0 n_L = 64 iterates to convergence, and on
     eager arrays reads one scalar a round.
 

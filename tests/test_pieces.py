@@ -1,0 +1,170 @@
+"""Stacks cut into pieces for threads, and members computed again: nothing is lost, mixed up or touched twice."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from backends import JAX, Backend
+
+import natgrad_array as ng
+from natgrad_array import _arrays
+from natgrad_array import deep_linear as dl
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of two matrices 16 × 16, in three threads."""
+    monkeypatch.setattr(_arrays, "PIECE_BYTES", 2 * 16 * 16 * 8)
+    monkeypatch.setattr(_arrays, "usable_threads", lambda: 3)
+
+
+def both_products(a: Any, b: Any) -> tuple[Any, Any]:
+    return a @ b, b @ a
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((7,), (7,)),
+        ((7,), ()),
+        ((2, 9), (9,)),
+        ((9, 2), (9, 1)),
+        ((1, 8), (3, 1)),
+        ((1,), (1,)),
+        ((0,), (0,)),
+        ((), ()),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("small_pieces")
+def test_pieces_make_up_the_whole(first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((*first, 16, 16)), rng.standard_normal((*second, 16, 16))
+    found = _arrays.in_pieces(both_products, (a, b), [(16, 16), (16, 16)])
+    np.testing.assert_allclose(found[0], np.einsum("...ij,...jk->...ik", a, b), atol=1e-13)
+    np.testing.assert_allclose(found[1], np.einsum("...ij,...jk->...ik", b, a), atol=1e-13)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_pieces_run_in_threads_and_in_the_context_of_the_caller() -> None:
+    a = np.ones((12, 16, 16))
+    a[5] = 0.0
+    names, lengths = [], []
+
+    def reciprocal(a: Any) -> tuple[Any]:
+        names.append(threading.current_thread().name)
+        lengths.append(a.shape[0])
+        return (1.0 / a,)
+
+    with np.errstate(divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (found,) = _arrays.in_pieces(reciprocal, (a,), [(16, 16)])
+    assert np.isinf(found[5]).all()
+    assert np.all(np.delete(found, 5, axis=0) == 1.0)
+    assert sorted(lengths) == [2] * 6
+    assert threading.main_thread().name not in names
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_what_goes_wrong_in_a_piece_is_raised() -> None:
+    def fail(a: Any) -> tuple[Any]:
+        raise MemoryError(f"no room for {a.shape[0]} members")
+
+    with pytest.raises(MemoryError, match="no room for 2"):
+        _arrays.in_pieces(fail, (np.ones((12, 16, 16)),), [(16, 16)])
+
+
+@pytest.mark.parametrize("n", [8, 65])
+@pytest.mark.usefixtures("small_pieces")
+def test_matrices_too_small_or_too_large_stay_together(n: int) -> None:
+    lengths = []
+
+    def keep(a: Any) -> tuple[Any]:
+        lengths.append(a.shape[0])
+        return (a,)
+
+    _arrays.in_pieces(keep, (np.ones((40, n, n)),), [(n, n)])
+    assert lengths == [40]
+
+
+def test_threads_follow_the_limits_of_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_arrays.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert _arrays.usable_threads() == 6
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert _arrays.usable_threads() == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "none")
+    assert _arrays.usable_threads() == 6
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    assert _arrays.usable_threads() == 1
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(_arrays.usable_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (20, 16, 18), (18, 16, 24)], ids=str)
+def test_directions_in_pieces_are_those_of_the_whole(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among the members a singular layer, a NaN and a product too ill conditioned for one inverse."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((24, m, n)) / n**0.5 for n, m in itertools.pairwise(sizes)]
+    weights[0][3, 0] = weights[0][3, 1]
+    weights[1][7, 0, 0] = np.nan
+    weights[0][11, 0] = weights[0][11, 1] + 1e-7 * weights[0][11, 0]
+    n_in, n_out = sizes[0], sizes[-1]
+    teacher = rng.standard_normal((n_out, n_in))
+    task = ng.GaussianTask(np.eye(n_in), np.eye(n_out), teacher, teacher @ teacher.T + np.eye(n_out))
+    alone = [dl.natural_gradient(tuple(w[b] for w in weights), task) for b in range(24)]
+    monkeypatch.setattr(_arrays, "PIECE_BYTES", 4 * 24 * 24 * 8)
+    monkeypatch.setattr(_arrays, "usable_threads", lambda: 2)
+    found = dl.natural_gradient(tuple(weights), task)
+    for b, directions in enumerate(alone):
+        for whole, one in zip(found, directions, strict=True):
+            assert np.isnan(whole[b]).all() == np.isnan(one).all() == (b == 7)
+            if b != 7:
+                assert np.linalg.norm(whole[b] - one) <= 1e-6 * np.linalg.norm(one)
+
+
+# --------------------------------------------------------------------- members computed again
+
+
+@pytest.mark.parametrize("flagged", [[], [3], [0, 39], [0, 3, 7], list(range(0, 40, 2)), list(range(40))], ids=len)
+def test_only_flagged_members_are_replaced(backend: Backend, flagged: list[int]) -> None:
+    """None, one, a sixteenth of the stack and less, more, most and all of them, in a trace too."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 3, 2))
+    shared = rng.standard_normal((2, 2))
+    flags = np.zeros(40)
+    flags[flagged] = 1.0
+
+    def run(flags: Any, x: Any, shared: Any) -> Any:
+        return _arrays.repair(
+            backend.xp, flags > 0.5, (x + 0.0, -x), (x, shared), lambda x, shared: (x @ shared, 2.0 * x @ shared)
+        )
+
+    found = backend.call(run, *backend.asarrays(flags, x, shared))
+    for actual, slow, fast in zip(found, (x @ shared, 2 * x @ shared), (x, -x), strict=True):
+        wanted = np.where(flags[:, None, None] > 0.5, slow, fast)
+        np.testing.assert_allclose(backend.to_numpy(actual), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trace_computes_few_members_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three ways of the conditional: what they are given has no, 2 or all 40 members."""
+    jax = pytest.importorskip("jax")
+    lengths = []
+
+    def slow(x: Any) -> tuple[Any]:
+        lengths.append(x.shape[0])
+        return (x,)
+
+    x = JAX.asarray(np.zeros((40, 3, 3)))
+    jax.jit(lambda x: _arrays.repair(JAX.xp, x[:, 0, 0] > 0, (x,), (x,), slow))(x)
+    assert sorted(lengths) == [2, 40]
