@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextvars
+import functools
 import itertools
 import math
 import os
@@ -81,15 +82,24 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional:
         raise TypeError(f"all arrays must come from one library, got {kinds}") from error
     floating: dict[str, Any] = {}
     for name, array in given.items():
-        if integers and xp.isdtype(array.dtype, "integral"):
+        kind = _kind(xp, array.dtype)
+        if integers and kind == "integral":
             continue
-        if not xp.isdtype(array.dtype, "real floating") or xp.finfo(array.dtype).bits not in (32, 64):
+        if kind != "floating":
             expected = "float32, float64 or an integer dtype" if integers else "float32 or float64"
             raise TypeError(f"{name} must have dtype {expected}, got {array.dtype}")
         floating[name] = array
     _require_equal(floating, lambda array: array.dtype, "dtype", TypeError, "convert with astype")
     _require_equal(given, device, "device", ValueError, "move with to_device")
     return xp
+
+
+@functools.cache
+def _kind(xp: Namespace, dtype: Any) -> str:
+    """What a dtype is to this library."""
+    if xp.isdtype(dtype, "integral"):
+        return "integral"
+    return "floating" if xp.isdtype(dtype, "real floating") and xp.finfo(dtype).bits in (32, 64) else "other"
 
 
 def _require_equal(
@@ -140,8 +150,11 @@ def broadcast_batch(shapes: Mapping[str, Shape]) -> Shape:
     ValueError
         If they do not broadcast; the message lists them all.
     """
+    different = set(shapes.values())
+    if len(different) < 2:
+        return next(iter(different), ())
     try:
-        return tuple(np.broadcast_shapes(*shapes.values())) if shapes else ()
+        return tuple(np.broadcast_shapes(*different))
     except ValueError as error:
         listed = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
         raise ValueError(f"batch shapes must broadcast, got {listed}") from error
@@ -237,7 +250,12 @@ def asarray_like(xp: Namespace, value: Any, like: Array) -> Array:
 
 def eps(xp: Namespace, like: Array) -> float:
     """Machine epsilon of the dtype of `like`."""
-    return float(xp.finfo(like.dtype).eps)
+    return _eps(xp, like.dtype)
+
+
+@functools.cache
+def _eps(xp: Namespace, dtype: Any) -> float:
+    return float(xp.finfo(dtype).eps)
 
 
 def finite_members(xp: Namespace, *arrays: Array) -> Array:
@@ -267,9 +285,14 @@ def nan_unless_finite(xp: Namespace, array: Array) -> Array:
 # ------------------------------------------------- what lies outside the standard: a table
 
 
+def is_numpy(array: Array) -> bool:
+    """Whether it is a NumPy array."""
+    return isinstance(array, np.ndarray)
+
+
 def is_lazy(array: Array) -> bool:
     """Whether values cannot be looked at: a JAX tracer or a Dask array."""
-    if compat.is_numpy_array(array):
+    if is_numpy(array):
         return False
     if compat.is_jax_array(array):
         return isinstance(array, sys.modules["jax"].core.Tracer)
@@ -325,7 +348,7 @@ def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None
     mirrors that, so that no mean of both halves is needed. torch takes the row off in one
     pass over memory.
     """
-    if compat.is_numpy_array(x) and _blas_layout(x):
+    if is_numpy(x) and _blas_layout(x):
         product = xp.matrix_transpose(x) @ x
         if less is not None:
             product -= less.mT * less
@@ -374,7 +397,7 @@ def add_to_diagonal(xp: Namespace, a: Array, values: float | Array) -> Array:
     NumPy and torch write through a view of the diagonal: on NumPy a stack of multiples of
     the identity doubles the time of the shrinkage of small matrices.
     """
-    if compat.is_numpy_array(a):
+    if is_numpy(a):
         diagonal = np.einsum("...ii->...i", a)
     elif compat.is_torch_array(a):
         diagonal = a.diagonal(dim1=-2, dim2=-1)
@@ -392,7 +415,7 @@ def cholesky(xp: Namespace, a: Array) -> Array:
     generalised ufunc behind it writes NaN into the members that fail and keeps the dtype.
     """
     kernel = getattr(getattr(np.linalg, "_umath_linalg", None), "cholesky_lo", None)
-    if compat.is_numpy_array(a):
+    if is_numpy(a):
         if kernel is not None:
             with np.errstate(all="ignore"):
                 return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
@@ -422,7 +445,7 @@ def nan_unless_factor(xp: Namespace, factor: Array, a: Array) -> Array:
 
 def has_fast_inverse(a: Array) -> bool:
     """Whether `inverse` beats the way by Cholesky factors: small matrices on NumPy, in one call for all."""
-    return bool(compat.is_numpy_array(a) and a.shape[-1] <= BLAS_THREADS_FROM)
+    return bool(is_numpy(a) and a.shape[-1] <= BLAS_THREADS_FROM)
 
 
 def merges_products(a: Array) -> bool:
@@ -430,7 +453,7 @@ def merges_products(a: Array) -> bool:
 
     Not in a thread of `in_pieces`: BLAS would start threads of its own for it.
     """
-    return not (compat.is_numpy_array(a) and threading.current_thread() is not threading.main_thread())
+    return not (is_numpy(a) and threading.current_thread() is not threading.main_thread())
 
 
 def inverse(xp: Namespace, a: Array) -> Array:
@@ -440,7 +463,7 @@ def inverse(xp: Namespace, a: Array) -> Array:
     comes out holds for a member whose condition number says so.
     """
     kernel = getattr(getattr(np.linalg, "_umath_linalg", None), "inv", None)
-    if compat.is_numpy_array(a) and kernel is not None:
+    if is_numpy(a) and kernel is not None:
         with np.errstate(all="ignore"):
             return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
     if compat.is_torch_array(a) and a.device.type == "cpu":
@@ -473,7 +496,7 @@ def norms(xp: Namespace, a: Array) -> Array:
 
 def inverse_of_factored(factor: Array) -> Array | None:
     """Inverses of matrices with given lower Cholesky factors by the library's own means, else None."""
-    if compat.is_numpy_array(factor):
+    if is_numpy(factor):
         half = _inverse_lower_in_place(factor)
         return half.mT @ half
     if compat.is_torch_array(factor):
@@ -574,7 +597,7 @@ def by_halving(
         return tuple(xp.reshape(part, (*a.shape[:-2], *part.shape[1:])) for part in parts)
 
 
-_WRITABLE = (compat.is_numpy_array, compat.is_cupy_array, compat.is_torch_array, compat.is_jax_array)
+_WRITABLE = (is_numpy, compat.is_cupy_array, compat.is_torch_array, compat.is_jax_array)
 
 
 def repair(
@@ -682,7 +705,7 @@ def in_pieces(
         The core shapes of what `function` returns.
     """
     largest = max(side for core in cores for side in core)
-    if not compat.is_numpy_array(arrays[0]) or not 16 <= largest <= BLAS_THREADS_FROM:
+    if not is_numpy(arrays[0]) or not 16 <= largest <= BLAS_THREADS_FROM:
         return function(*arrays)
     batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
     member = max(math.prod(core) for core in cores) * arrays[0].dtype.itemsize
@@ -744,7 +767,7 @@ def block_matrix(
 ) -> Array:
     """Assemble a square matrix from its blocks; where the library writes in place, one block at a time lives."""
     depth = range(len(sizes))
-    if not any(test(like) for test in (compat.is_numpy_array, compat.is_cupy_array, compat.is_torch_array)):
+    if not any(test(like) for test in (is_numpy, compat.is_cupy_array, compat.is_torch_array)):
         rows = [
             xp.concat([xp.broadcast_to(block(i, j), (*batch, sizes[i], sizes[j])) for j in depth], axis=-1)
             for i in depth

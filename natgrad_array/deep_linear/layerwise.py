@@ -38,7 +38,9 @@ def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, sc
             matrices: dict[str, Any] = dict(zip(_MATRICES, arrays[depth:], strict=True))
             found, certified = rung(xp, arrays[:depth], factors._replace(**matrices), scale)
             batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
-            return (*found, xp.broadcast_to(certified, batch)[..., None, None])
+            if tuple(certified.shape) != batch:
+                certified = xp.broadcast_to(certified, batch)
+            return (*found, certified[..., None, None])
 
         return run
 
@@ -62,7 +64,10 @@ def _descend(xp: Namespace, stacks: tuple[Array, ...], rungs: list[Callable[...,
     """Take all members down the first rung, and those without a certificate down the next ones."""
     found = rungs[0](*stacks)
     for rung in rungs[1:]:
-        found = _arrays.repair(xp, ~found[-1][..., 0, 0], found, stacks, rung)
+        flags = ~found[-1][..., 0, 0]
+        if _arrays.eager_any(xp, flags) is False:
+            break
+        found = _arrays.repair(xp, flags, found, stacks, rung)
     return found[:-1]
 
 
