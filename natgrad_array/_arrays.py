@@ -177,6 +177,11 @@ def check_sequence(name: str, arrays: object, expected: str) -> tuple[Any, ...]:
     return tuple(arrays)
 
 
+def is_integer(value: object) -> bool:
+    """Whether it is an integer of Python or NumPy; truth values are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def check_nonnegative(
     name: str, value: Any, xp: Namespace, like: Array, *, batch: Shape | None = None, core_ndim: int = 0
 ) -> Any:
@@ -885,7 +890,7 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
 
 def _from_seed(rng: Any) -> Any:
     """An integer seed as a NumPy generator; every other source as it is."""
-    if not isinstance(rng, int | np.integer) or isinstance(rng, bool):
+    if not is_integer(rng):
         return rng
     if rng < 0:
         raise ValueError(f"rng must be at least 0 when it is a seed, got {rng}")

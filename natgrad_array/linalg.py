@@ -199,6 +199,9 @@ def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
     def alone(x: Array) -> tuple[Array, Array]:
         return xp.full_like(x[..., 0], xp.nan), xp.full_like(x, xp.nan)
 
+    if _arrays.eager_any(xp, ~finite) is False:
+        values, vectors = _arrays.by_halving(xp, xp.linalg.eigh, a, alone)
+        return values, vectors
     values, vectors = _arrays.by_halving(xp, xp.linalg.eigh, xp.where(finite, a, 0.0), alone)
     return xp.where(finite[..., 0], values, xp.nan), xp.where(finite, vectors, xp.nan)
 
@@ -261,7 +264,7 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     "auto" inverts through Cholesky factors and decomposes only the members without a
     certificate. On eager arrays two or three scalars say how many these are.
     """
-    if method == "eigh" or 0 in a.shape:
+    if method == "eigh" or 0 in a.shape or (method == "auto" and _none_factors(xp, a)):
         return _pinvh_eigh(xp, a, rtol)
     # To unit size, so that squares of entries stay in the range of the dtype.
     scale = xp.max(xp.abs(xp.linalg.diagonal(a)), axis=-1)[..., None, None]
@@ -290,6 +293,14 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
         (a, rtol[..., None, None] + xp.zeros_like(a[..., :1, :1])),
         lambda a, rtol: (_pinvh_eigh(xp, a, rtol[..., 0, 0]),),
     )[0]
+
+
+def _none_factors(xp: Namespace, a: Array) -> bool:
+    """Whether not one in sixteen members of a large eager stack has a Cholesky factor: then few will."""
+    if a.ndim < 3 or a.shape[-3] < 64 or _arrays.is_lazy(a):
+        return False
+    some = symmetric_part(a[..., ::16, :, :])
+    return _arrays.eager_any(xp, xp.isfinite(_arrays.cholesky(xp, some)[..., -1, -1])) is False
 
 
 def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:

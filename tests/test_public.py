@@ -224,3 +224,21 @@ def test_a_blocked_library_is_no_hindrance(library: str) -> None:
 
 def test_the_package_is_typed() -> None:
     assert (Path(ng.__file__).parent / "py.typed").is_file()
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    """Sizes and indices often come out of arrays."""
+    two, three, one = np.asarray([2, 3, 1])
+    like = np.zeros(())
+    weights = ng.deep_linear.gaussian(0, (three, two, two), (two,), like=like)
+    for a, b in zip(weights, ng.deep_linear.gaussian(0, (3, 2, 2), (2,), like=like), strict=True):
+        np.testing.assert_array_equal(a, b)
+    joint = ng.Moments.from_samples(np.random.default_rng(0).standard_normal((20, 5)))
+    task = ng.GaussianTask.from_moments(joint, three)
+    fisher = ng.deep_linear.fisher(weights, task)
+    np.testing.assert_array_equal(fisher.block(one, one), fisher.block(1, 1))
+    modes = ng.deep_linear.gradient_flow_modes
+    start, end = np.asarray([0.5]), np.asarray([1.0])
+    np.testing.assert_array_equal(modes(start, end, 1.0, depth=three), modes(start, end, 1.0, depth=3))
+    with pytest.raises(ValueError, match="depth must be a positive integer"):
+        modes(start, end, 1.0, depth=np.bool_(True))

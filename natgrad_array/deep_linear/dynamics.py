@@ -144,7 +144,7 @@ def gradient_flow_modes(initial: Array, target: Array, time: float | Array, /, *
     array([0.5])
     """
     xp, time = _check_modes(initial, target, time)
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+    if not _arrays.is_integer(depth) or depth < 1:
         raise ValueError(f"depth must be a positive integer, got {depth!r}")
     if depth == 1:
         return initial - (target - initial) * xp.expm1(-time)

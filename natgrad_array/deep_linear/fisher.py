@@ -566,11 +566,11 @@ class DeepLinearFisher:
         rtol = _arrays.check_nonnegative("rtol", rtol, self._xp, self._layers[0], batch=self.batch_shape)
         return rtol**0.5
 
-    def _check_layer(self, name: str, index: object) -> int:
+    def _check_layer(self, name: str, index: Any) -> int:
         depth = len(self._layers)
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < depth:
+        if not _arrays.is_integer(index) or not 0 <= index < depth:
             raise ValueError(f"{name} must be a layer from 0 to {depth - 1}, got {index!r}")
-        return index
+        return int(index)
 
     def _remember(self, key: Any, compute: Callable[[], T]) -> T:
         """Compute once. Tracers are not kept: they must not outlive their trace."""

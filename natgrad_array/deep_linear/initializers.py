@@ -208,8 +208,8 @@ def _check(sizes: Sequence[int], batch_shape: Shape, like: Array) -> tuple[Names
     xp = _arrays.check_arrays({"like": like})
     for name, values, least, count in (("sizes", sizes, 1, 2), ("batch_shape", batch_shape, 0, 0)):
         integers = isinstance(values, tuple | list) and all(
-            isinstance(value, int) and not isinstance(value, bool) and value >= least for value in values
+            _arrays.is_integer(value) and value >= least for value in values
         )
         if not integers or len(values) < count:
             raise ValueError(f"{name} must be a tuple of at least {count} integers of at least {least}, got {values!r}")
-    return xp, tuple(sizes), tuple(batch_shape)
+    return xp, tuple(map(int, sizes)), tuple(map(int, batch_shape))

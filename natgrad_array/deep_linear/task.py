@@ -189,7 +189,7 @@ class GaussianTask:
             )
         moment = joint.second_moment()
         features = moment.shape[-1]
-        if not isinstance(n_inputs, int) or isinstance(n_inputs, bool) or not 0 < n_inputs < features:
+        if not _arrays.is_integer(n_inputs) or not 0 < n_inputs < features:
             raise ValueError(f"n_inputs must be an integer from 1 to {features - 1}, got {n_inputs!r}")
         xp = _arrays.check_arrays(
             {"joint": moment, "noise_covariance": noise_covariance}, optional=("noise_covariance",)
