@@ -267,7 +267,7 @@ def finite_members(xp: Namespace, *arrays: Array) -> Array:
     """Which members of a stack of matrices have no NaN or Inf, with core axes kept as ones."""
     flags = []
     for array in arrays:
-        if compat.is_torch_array(array) and 0 not in array.shape[-2:]:
+        if is_torch(array) and 0 not in array.shape[-2:]:
             # One pass over memory in place of three.
             norm = sys.modules["torch"].linalg.vector_norm(array, ord=math.inf, dim=(-2, -1), keepdim=True)
             flags.append(xp.isfinite(norm))
@@ -290,25 +290,44 @@ def nan_unless_finite(xp: Namespace, array: Array) -> Array:
 # ------------------------------------------------- what lies outside the standard: a table
 
 
+# NumPy comes first: the checks of array-api-compat fail for its arrays where the import of
+# another library is blocked.
+
+
 def is_numpy(array: Array) -> bool:
-    """Whether it is a NumPy array."""
-    return isinstance(array, np.ndarray)
+    """Whether it is a NumPy array or scalar."""
+    return isinstance(array, np.ndarray | np.generic)
+
+
+def is_torch(array: Array) -> bool:
+    """Whether it is a torch tensor."""
+    return not is_numpy(array) and bool(compat.is_torch_array(array))
+
+
+def is_jax(array: Array) -> bool:
+    """Whether it is a JAX array or tracer."""
+    return not is_numpy(array) and bool(compat.is_jax_array(array))
+
+
+def is_cupy(array: Array) -> bool:
+    """Whether it is a CuPy array."""
+    return not is_numpy(array) and bool(compat.is_cupy_array(array))
 
 
 def is_lazy(array: Array) -> bool:
     """Whether values cannot be looked at: a JAX tracer or a Dask array."""
     if is_numpy(array):
         return False
-    if compat.is_jax_array(array):
+    if is_jax(array):
         return isinstance(array, sys.modules["jax"].core.Tracer)
     return bool(compat.is_lazy_array(array))
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     """An array of any library as a NumPy array, for reports and files; its memory may be shared."""
-    if compat.is_cupy_array(array):
+    if is_cupy(array):
         return np.asarray(array.get())
-    if compat.is_torch_array(array):
+    if is_torch(array):
         return np.asarray(array.detach().cpu().numpy())
     if compat.is_dask_array(array):
         return np.asarray(array.compute())
@@ -327,7 +346,7 @@ def eager_any(xp: Namespace, flags: Array) -> bool | None:
 
 def can_branch(array: Array) -> bool:
     """Whether `branch` and `repair` work: on eager arrays and JAX tracers, not on Dask."""
-    return compat.is_jax_array(array) or not is_lazy(array)
+    return is_jax(array) or not is_lazy(array)
 
 
 def branch(flag: Array | bool, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
@@ -362,7 +381,7 @@ def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None
     product = xp.matrix_transpose(x) @ x
     # Halved after the sum: XLA would fuse the two halves into one rounding and one exact product.
     product = product + xp.matrix_transpose(product)
-    if less is not None and compat.is_torch_array(x):
+    if less is not None and is_torch(x):
         product = sys.modules["torch"].addcmul(product, less.mT, less, value=-2)
     elif less is not None:
         product -= 2.0 * (xp.matrix_transpose(less) * less)
@@ -384,7 +403,7 @@ def sum_rows(xp: Namespace, x: Array) -> Array:
     A product with ones is faster than the strided sum on NumPy, and slower on JAX, whose
     compiler fuses the sum with what is around it.
     """
-    if compat.is_jax_array(x):
+    if is_jax(x):
         return xp.sum(x, axis=-2, keepdims=True)
     return xp.ones((1, x.shape[-2]), dtype=x.dtype, device=device(x)) @ x
 
@@ -404,7 +423,7 @@ def add_to_diagonal(xp: Namespace, a: Array, values: float | Array) -> Array:
     """
     if is_numpy(a):
         diagonal = np.einsum("...ii->...i", a)
-    elif compat.is_torch_array(a):
+    elif is_torch(a):
         diagonal = a.diagonal(dim1=-2, dim2=-1)
     else:
         a += values * eye(xp, a.shape[-1], a)
@@ -424,11 +443,11 @@ def cholesky(xp: Namespace, a: Array) -> Array:
         if kernel is not None:
             with np.errstate(all="ignore"):
                 return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
-    elif compat.is_torch_array(a):
+    elif is_torch(a):
         return _nan_where_failed(*sys.modules["torch"].linalg.cholesky_ex(a))
-    elif compat.is_jax_array(a):
+    elif is_jax(a):
         return xp.linalg.cholesky(a)
-    elif compat.is_cupy_array(a):
+    elif is_cupy(a):
         return nan_unless_factor(xp, xp.linalg.cholesky(a), a)
     finite = finite_members(xp, a)
     safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
@@ -471,14 +490,14 @@ def inverse(xp: Namespace, a: Array) -> Array:
     if is_numpy(a) and kernel is not None:
         with np.errstate(all="ignore"):
             return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
-    if compat.is_torch_array(a) and a.device.type == "cpu":
+    if is_torch(a) and a.device.type == "cpu":
         return _nan_where_failed(*sys.modules["torch"].linalg.inv_ex(a))
     finite = finite_members(xp, a)
     # A NaN can keep a GPU's LU factorisation busy for ever.
     safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
-    if compat.is_jax_array(a):
+    if is_jax(a):
         return xp.where(finite, xp.linalg.inv(safe), xp.nan)
-    if compat.is_torch_array(a):
+    if is_torch(a):
         return xp.where(finite, _nan_where_failed(*sys.modules["torch"].linalg.inv_ex(safe)), xp.nan)
     (result,) = by_halving(xp, lambda x: (xp.linalg.inv(x),), safe, lambda x: (xp.full_like(x, xp.nan),))
     return xp.where(finite, result, xp.nan)
@@ -493,7 +512,7 @@ def _nan_where_failed(result: Array, failed: Array) -> Array:
 
 def norms(xp: Namespace, a: Array) -> Array:
     """Frobenius norm of each member of a stack of matrices."""
-    if compat.is_torch_array(a):
+    if is_torch(a):
         return sys.modules["torch"].linalg.vector_norm(a, dim=(-2, -1))
     flat = xp.reshape(a, (*a.shape[:-2], a.shape[-2] * a.shape[-1]))
     return xp.sqrt(xp.linalg.vecdot(flat, flat))
@@ -504,9 +523,9 @@ def inverse_of_factored(factor: Array) -> Array | None:
     if is_numpy(factor):
         half = _inverse_lower_in_place(factor)
         return half.mT @ half
-    if compat.is_torch_array(factor):
+    if is_torch(factor):
         return sys.modules["torch"].cholesky_inverse(factor)
-    if compat.is_jax_array(factor):
+    if is_jax(factor):
         jax = sys.modules["jax"]
         identity = jax.numpy.broadcast_to(jax.numpy.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
         half = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
@@ -602,7 +621,7 @@ def by_halving(
         return tuple(xp.reshape(part, (*a.shape[:-2], *part.shape[1:])) for part in parts)
 
 
-_WRITABLE = (is_numpy, compat.is_cupy_array, compat.is_torch_array, compat.is_jax_array)
+_WRITABLE = (is_numpy, is_cupy, is_torch, is_jax)
 
 
 def repair(
@@ -772,7 +791,7 @@ def block_matrix(
 ) -> Array:
     """Assemble a square matrix from its blocks; where the library writes in place, one block at a time lives."""
     depth = range(len(sizes))
-    if not any(test(like) for test in (is_numpy, compat.is_cupy_array, compat.is_torch_array)):
+    if not any(test(like) for test in (is_numpy, is_cupy, is_torch)):
         rows = [
             xp.concat([xp.broadcast_to(block(i, j), (*batch, sizes[i], sizes[j])) for j in depth], axis=-1)
             for i in depth
@@ -794,7 +813,7 @@ def while_loop(
     Traced JAX arrays become one compiled loop; on other arrays the condition costs one
     scalar brought to the host per round.
     """
-    if any(compat.is_jax_array(leaf) and is_lazy(leaf) for leaf in state):
+    if any(is_jax(leaf) and is_lazy(leaf) for leaf in state):
         result: tuple[Any, ...] = sys.modules["jax"].lax.while_loop(condition, body, state)
         return result
     while bool(condition(state)):
@@ -815,9 +834,9 @@ _registered: set[type] = set()
 
 def available_bytes(array: Array) -> int | None:
     """Free memory on the device of `array`, or None where it cannot be told."""
-    if compat.is_cupy_array(array):
+    if is_cupy(array):
         return int(sys.modules["cupy"].cuda.runtime.memGetInfo()[0])
-    if compat.is_torch_array(array) and array.device.type == "cuda":
+    if is_torch(array) and array.device.type == "cuda":
         return int(sys.modules["torch"].cuda.mem_get_info(array.device)[0])
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
@@ -872,7 +891,7 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
         return asarray_like(xp, rng.standard_normal(shape), like)
     module = type(rng).__module__.partition(".")[0]
     if _is_jax_key(rng):
-        _check_rng_library(compat.is_jax_array(like), rng, like)
+        _check_rng_library(is_jax(like), rng, like)
         return sys.modules["jax"].random.normal(rng, shape, dtype=like.dtype)
     if compat.is_array_api_obj(rng):
         check_arrays({"rng": rng, "the other arrays": like})
@@ -880,10 +899,10 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
             raise ValueError(f"rng must have shape {shape} when it is noise already drawn, got {tuple(rng.shape)}")
         return rng
     if module == "torch":
-        _check_rng_library(compat.is_torch_array(like), rng, like)
+        _check_rng_library(is_torch(like), rng, like)
         return sys.modules["torch"].randn(shape, generator=rng, dtype=like.dtype, device=rng.device)
     if module == "cupy":
-        _check_rng_library(compat.is_cupy_array(like), rng, like)
+        _check_rng_library(is_cupy(like), rng, like)
         return rng.standard_normal(size=shape, dtype=like.dtype)
     raise TypeError(f"rng must be a generator, a key, an integer seed or an array of noise, got {describe(rng)}")
 
@@ -903,7 +922,7 @@ def _check_rng_library(fits: bool, rng: Any, like: Array) -> None:
 
 
 def _is_jax_key(rng: Any) -> bool:
-    if not compat.is_jax_array(rng):
+    if not is_jax(rng):
         return False
     jax = sys.modules["jax"]
     return bool(jax.numpy.issubdtype(rng.dtype, jax.dtypes.prng_key) or (rng.dtype == np.uint32 and rng.shape == (2,)))
