@@ -408,13 +408,6 @@ def sum_rows(xp: Namespace, x: Array) -> Array:
     return xp.ones((1, x.shape[-2]), dtype=x.dtype, device=device(x)) @ x
 
 
-def eager_most(xp: Namespace, flags: Array) -> bool | None:
-    """One scalar brought to the host: whether at least half of the flags are set; None for lazy arrays."""
-    if is_lazy(flags):
-        return None
-    return bool(2 * int(xp.count_nonzero(flags)) >= math.prod(flags.shape))
-
-
 def add_to_diagonal(xp: Namespace, a: Array, values: float | Array) -> Array:
     """`a`, which is the caller's own, with values of shape (*batch, 1, 1) added to its diagonals.
 

@@ -200,8 +200,7 @@ def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
         return xp.full_like(x[..., 0], xp.nan), xp.full_like(x, xp.nan)
 
     if _arrays.eager_any(xp, ~finite) is False:
-        values, vectors = _arrays.by_halving(xp, xp.linalg.eigh, a, alone)
-        return values, vectors
+        return _arrays.by_halving(xp, xp.linalg.eigh, a, alone)
     values, vectors = _arrays.by_halving(xp, xp.linalg.eigh, xp.where(finite, a, 0.0), alone)
     return xp.where(finite[..., 0], values, xp.nan), xp.where(finite, vectors, xp.nan)
 
@@ -262,7 +261,7 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     """`pinvh` behind the door: `a` floating and square, `rtol` and `method` checked.
 
     "auto" inverts through Cholesky factors and decomposes only the members without a
-    certificate. On eager arrays two or three scalars say how many these are.
+    certificate. On eager arrays a few scalars say how many these are.
     """
     if method == "eigh" or 0 in a.shape or (method == "auto" and _none_factors(xp, a)):
         return _pinvh_eigh(xp, a, rtol)

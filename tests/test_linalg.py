@@ -257,6 +257,21 @@ def test_cholesky_sees_through_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(ng.pinvh(good, method="cholesky"), np.linalg.inv(good), rtol=1e-10)
 
 
+@pytest.mark.parametrize("deficient", [16, 1])
+def test_a_sample_without_factors_sends_the_whole_stack_to_eigenvalues(
+    deficient: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One factorisation of a sixteenth, and what every member would get alone, also where the sample misleads."""
+    matrix = positive_definite((80,), 5)
+    matrix[::deficient, 0] = matrix[::deficient, :, 0] = 0.0
+    sizes = []
+    cholesky = _arrays.cholesky
+    monkeypatch.setattr(_arrays, "cholesky", lambda xp, a: sizes.append(a.shape[0]) or cholesky(xp, a))
+    found = ng.pinvh(matrix)
+    assert sizes == [5]
+    np.testing.assert_allclose(found, np.linalg.pinv(matrix, hermitian=True), atol=1e-10)
+
+
 @everywhere("dtype", "complete")
 def test_pinvh_penrose(backend: Backend, dtype: str, complete: str) -> None:
     made = [

@@ -141,10 +141,10 @@ def _multiplied_up(weights: Weights, inverses: list[Array], optimum: Array) -> W
     for v in inverses[:0:-1]:
         left.append(v @ left[-1])
     left.reverse()
-    right, directions = None, []
-    for layer, part, v in zip(weights, left, inverses, strict=True):
-        directions.append((layer - _times(part, right)) / len(weights))
+    right, directions = None, [(weights[0] - left[0]) / len(weights)]
+    for layer, part, v in zip(weights[1:], left[1:], inverses[:-1], strict=True):
         right = _times(right, v)
+        directions.append((layer - part @ right) / len(weights))
     return tuple(directions)
 
 

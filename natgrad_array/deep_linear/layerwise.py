@@ -14,7 +14,7 @@ from typing import Any
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.deep_linear import square
-from natgrad_array.deep_linear.duals import Chain, chains, duals
+from natgrad_array.deep_linear.duals import Chain, chains, duals, trusted
 from natgrad_array.deep_linear.products import products
 from natgrad_array.deep_linear.task import TaskFactors
 
@@ -64,10 +64,7 @@ def _descend(xp: Namespace, stacks: tuple[Array, ...], rungs: list[Callable[...,
     """Take all members down the first rung, and those without a certificate down the next ones."""
     found = rungs[0](*stacks)
     for rung in rungs[1:]:
-        flags = ~found[-1][..., 0, 0]
-        if _arrays.eager_any(xp, flags) is False:
-            break
-        found = _arrays.repair(xp, flags, found, stacks, rung)
+        found = _arrays.repair(xp, ~found[-1][..., 0, 0], found, stacks, rung)
     return found[:-1]
 
 
@@ -91,7 +88,7 @@ def _by_gram_matrices(
     for chain in (left, right):
         for k in range(1, depth):
             piece = chain.piece(k)
-            certified = certified & square.trusted(xp, piece.condition * _arrays.eps(xp, piece.core))
+            certified = certified & trusted(xp, piece.condition * _arrays.eps(xp, piece.core))
     return directions, certified
 
 

@@ -11,14 +11,14 @@ import math
 
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace, Shape
-from natgrad_array.deep_linear.duals import full_roots
+from natgrad_array.deep_linear.duals import full_roots, layer_rounding, trusted
 from natgrad_array.deep_linear.task import TaskFactors
 
 Found = tuple[tuple[Array, ...], Array]
 """The directions, and which members have them right."""
 
 PROBED = 16
-"""Members looked at before a way is chosen for a stack."""
+"""Members looked at before a way is chosen for a stack, and at most one in so many."""
 
 
 def is_square(layers: tuple[Array, ...], factors: TaskFactors) -> bool:
@@ -63,15 +63,6 @@ def _one_inverse(xp: Namespace, product: Array) -> tuple[Array, Array]:
     return inverse, trusted(xp, condition**2 * _arrays.eps(xp, product))
 
 
-def trusted(xp: Namespace, error: Array) -> Array:
-    """Which members a rung may keep whose relative error is at most about `error`.
-
-    It grows with a squared condition number, where the next rung's grows with the number
-    itself. The limit is 6e-10 in float64 and 4e-4 in float32; most errors are far below.
-    """
-    return error < 16 * _arrays.eps(xp, error) ** (2 / 3)
-
-
 def by_one_inverse(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Found:
     """(W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ = (W_i ⋯ W_1) W⁻¹ (W − W*) W⁻¹ (W_L ⋯ W_i).
 
@@ -104,16 +95,16 @@ def by_layer_inverses(xp: Namespace, layers: tuple[Array, ...], factors: TaskFac
     for layer in layers:
         inverse, condition = linalg.inverse(xp, layer)
         inverses.append(inverse)
-        # A layer is known exactly, so it is of full rank unless rounding alone could
-        # have made it so: a singular matrix, rounded, has a condition of some √n / eps.
-        certified = certified & (condition < 0.25 / _arrays.eps(xp, layer))
+        certified = certified & (condition * layer_rounding(xp, layer) < 1.0)
     ahead = [factors.optimum]
     for inverse in inverses[:0:-1]:
         ahead.append(inverse @ ahead[-1])
+    ahead.reverse()
     found, behind = [], None
-    for layer, part, inverse in zip(layers, reversed(ahead), inverses, strict=True):
-        direction = layer - (part if behind is None else part @ behind)
+    for i, layer in enumerate(layers):
+        if i:
+            behind = inverses[0] if behind is None else behind @ inverses[i - 1]
+        direction = layer - (ahead[i] if behind is None else ahead[i] @ behind)
         direction *= scale
         found.append(direction)
-        behind = inverse if behind is None else behind @ inverse
     return tuple(found), certified
