@@ -29,7 +29,7 @@ def read(path):
 def public_callables():
     """Shortest paths from the package to everything public that can be called."""
     names = {}
-    for prefix, module in (("deep_linear.", ng.deep_linear), ("", ng)):
+    for prefix, module in (("deep_linear.", ng.deep_linear), ("networks.", ng.networks), ("", ng)):
         names |= {value: prefix + name for name in module.__all__ if callable(value := getattr(module, name))}
     return set(names.values())
 

@@ -112,7 +112,12 @@ def test_the_contract_of_public_names() -> None:
         "deep_linear",
         "verify",
         "check_preconditioner",
+        "networks",
+        "NetworkFisher",
+        "sampled_fisher",
+        "empirical_fisher",
     } <= set(ng.__all__)
+    assert {"MLP", "ConvNet", "Network"} <= set(ng.networks.__all__)
     assert {
         "end_to_end",
         "loss",

@@ -21,6 +21,7 @@ from recording import EXTENSIONS, Call, complaint, record
 
 import natgrad_array as ng
 from natgrad_array import deep_linear as dl
+from natgrad_array import networks as nn
 
 CUPY = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy has no build for this system")
 SIZES = {"wide": (4, 6, 5, 3), "intermediate": (6, 5, 4, 3), "bottleneck": (5, 2, 4)}
@@ -82,6 +83,58 @@ def of_moments(method: str, *args: Any) -> Callable[[int], Callable[[], Any]]:
         moments = ng.Moments.from_samples(normal(0, batch, 9, 4))
         given = tuple(moments if arg == "self" else arg for arg in args)
         return lambda: getattr(moments, method)(*given)
+
+    return make
+
+
+NETWORKS = {
+    "MLP": nn.MLP((3, 4, 2), activation="gelu"),
+    "MLP bernoulli": nn.MLP((3, 4, 2), likelihood="bernoulli"),
+    "MLP wide": nn.MLP((3, 12, 2)),
+    "ConvNet": nn.ConvNet((4, 4, 2), (3,), (3,), stride=2, padding=1, likelihood="categorical"),
+}
+
+
+def problem(batch: int, name: str) -> tuple[nn.Network, tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+    """A network, an ensemble of its parameters, inputs and targets."""
+    net = NETWORKS[name]
+    x = normal(1, batch, 5, *net.layers[0].input_shape)
+    outputs = normal(2, batch, 5, net.n_outputs)
+    y = {"gaussian": outputs, "bernoulli": (outputs > 0.0) + 0.0, "categorical": outputs.argmax(axis=-1)}
+    return net, net.init(0, (batch,), like=x), x, y[net.likelihood.name]
+
+
+def of_network(method: str, *names: str) -> Callable[[str], Callable[[int], Callable[[], Any]]]:
+    """A method of a network, by the names of its arguments."""
+
+    def of(name: str) -> Callable[[int], Callable[[], Any]]:
+        def make(batch: int) -> Callable[[], Any]:
+            net, params, x, y = problem(batch, name)
+            trace = net.forward(params, x)
+            known = {"params": params, "x": x, "y": y, "trace": trace, "outputs": trace.output}
+            return lambda: getattr(net, method)(*(known[name] for name in names))
+
+        return make
+
+    return of
+
+
+def of_network_fisher(method: str, *args: Any, **options: Any) -> Callable[[str], Callable[[int], Callable[[], Any]]]:
+    def of(name: str) -> Callable[[int], Callable[[], Any]]:
+        def make(batch: int) -> Callable[[], Any]:
+            net, params, x, _ = problem(batch, name)
+            given = tuple(params if arg == "tangent" else arg for arg in args)
+            return lambda: getattr(net.fisher(params, x), method)(*given, **options)
+
+        return make
+
+    return of
+
+
+def of_estimate(use: Callable[..., Any]) -> Callable[[int], Callable[[], Any]]:
+    def make(batch: int) -> Callable[[], Any]:
+        net, params, x, y = problem(batch, "ConvNet")
+        return lambda: use(net, params, x, y)
 
     return make
 
@@ -212,6 +265,56 @@ CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {
         f"deep_linear.{f.__name__}": lambda b, f=f: deferred(f, 0, (4, 5, 3), (b,), like=normal(0, 1))
         for f in (dl.gaussian, dl.small, dl.orthogonal, dl.balanced)
     },
+    # networks
+    **{
+        f"networks.{name}, {method}": of(name)
+        for name in NETWORKS
+        for method, of in {
+            "output": of_network("output", "params", "x"),
+            "loss": of_network("loss", "params", "x", "y"),
+            "gradient": of_network("gradient", "params", "x", "y"),
+            "tangent": of_network("tangent", "params", "trace", "params"),
+            "cotangent": of_network("cotangent", "params", "trace", "outputs"),
+        }.items()
+    },
+    "networks.Network.init": lambda b: deferred(NETWORKS["MLP"].init, 0, (b,), like=normal(0, 1)),
+    "networks.Dense.rows": lambda b: deferred(nn.Dense(3, 2).rows, normal(0, b, 5, 3)),
+    "networks.Conv2d.rows": lambda b: deferred(nn.Conv2d((4, 4, 2), 3, padding=1).rows, normal(0, b, 5, 4, 4, 2)),
+    "networks.Trace": lambda b: deferred(NETWORKS["MLP"].forward, *problem(b, "MLP")[1:3]),
+    "networks.Gaussian": lambda b: deferred(nn.Gaussian, psd(b, 3)),
+    "networks.Gaussian.sample": lambda b: deferred(nn.Gaussian(psd(b, 3)).sample, normal(0, b, 5, 3), 0),
+    "networks.Gaussian.metric_root": lambda b: deferred(nn.Gaussian(psd(b, 3)).metric_root, normal(0, b, 5, 3)),
+    "networks.Bernoulli.sample": lambda b: deferred(nn.Bernoulli().sample, normal(0, b, 5, 3), 0, draws=(2,)),
+    "networks.Categorical.sample": lambda b: deferred(nn.Categorical().sample, normal(0, b, 5, 3), 0, draws=(2,)),
+    # the Fisher information of networks
+    **{
+        f"NetworkFisher.{method}, {name}": of(name)
+        for name in NETWORKS
+        for method, of in {
+            "to_dense": of_network_fisher("to_dense"),
+            "block": of_network_fisher("block", 0, 1),
+            "matvec": of_network_fisher("matvec", "tangent"),
+            "layerwise": of_network_fisher("precondition", "tangent"),
+            "damped": of_network_fisher("precondition", "tangent", damping=0.1),
+            "moore_penrose": of_network_fisher("precondition", "tangent", inverse="moore_penrose"),
+            "block_diagonal": of_network_fisher("precondition", "tangent", inverse="block_diagonal", rtol=1e-9),
+            "spectrum": of_network_fisher("spectrum"),
+            "rank": of_network_fisher("rank"),
+        }.items()
+        # With fewer samples than inputs some moments are singular: `pinvh` takes members by what they need.
+        if (name, method) != ("MLP wide", "layerwise")
+    },
+    "FisherEstimate": of_estimate(lambda net, params, x, y: ng.empirical_fisher(net, params, x, y).matvec(params)),
+    "FisherEstimate.standard_error": of_estimate(
+        lambda net, params, x, y: ng.sampled_fisher(net, params, x, 0, n_samples=3).standard_error()
+    ),
+    "FisherComparison": of_estimate(
+        lambda net, params, x, y: net.fisher(params, x).compare(
+            ng.empirical_fisher(net, params, x, y), params, damping=0.1
+        )
+    ),
+    "sampled_fisher": of_estimate(lambda net, params, x, y: ng.sampled_fisher(net, params, x, 0, n_samples=2)),
+    "empirical_fisher": of_estimate(ng.empirical_fisher),
     # verification
     "verify": of_pair(ng.verify),
     "verify bottleneck": of_pair(ng.verify, "bottleneck"),
@@ -233,11 +336,12 @@ def cupy_namespace() -> ModuleType:
 def public_callables() -> set[str]:
     """The public functions and classes, by their path from the package."""
     names = {name for name in ng.__all__ if not inspect.ismodule(getattr(ng, name))}
+    names |= {f"networks.{name}" for name in nn.__all__}
     return names | {f"deep_linear.{name}" for name in dl.__all__ if name != "GaussianTask"}
 
 
 def test_every_public_callable_is_recorded() -> None:
-    recorded = {name.split(" ")[0] for name in CALLS}
+    recorded = {name.split(" ")[0].rstrip(",") for name in CALLS}
     missing = {name for name in public_callables() if not any(r == name or r.startswith(name + ".") for r in recorded)}
     assert not missing
 

@@ -71,7 +71,49 @@ def check_layerwise(w1, w2, x, y):
     return report.residual, report.cosine, report.length
 
 
-dl = ng.deep_linear
+dl, nn = ng.deep_linear, ng.networks
+IMAGES = RNG.standard_normal((2, 6, 4, 4, 2))
+CLASSES = np.asarray([0, 1, 2, 1, 0, 2])
+MLP = nn.MLP((4, 5, 3), activation="softplus", likelihood="bernoulli")
+CONVNET = nn.ConvNet((4, 4, 2), (3,), (3,), stride=2, padding=1, likelihood="categorical")
+PARAMS, FILTERS = MLP.init(1, (2,), like=X), CONVNET.init(2, (2,), like=X)
+
+
+def on_params(net, function):
+    """Call a function of parameters, inputs and targets."""
+    params, x, y = (PARAMS, X, (Y > 0) + 0.0) if net is MLP else (FILTERS, IMAGES, CLASSES)
+    return lambda a, b, x, y: function(net, (a, b), x, y), (*params, x, y)
+
+
+def passes_of(net, params, x, y):
+    trace = net.forward(params, x)
+    errors = net.tangent(params, trace, params)
+    return net.loss(params, x, y), net.gradient(params, x, y), errors, net.cotangent(params, trace, errors)
+
+
+def fisher_of(fisher):
+    def call(net, params, x, y):
+        f = fisher(net, params, x, y)
+        return (
+            f.to_dense(),
+            f.matvec(params),
+            f.precondition(params, damping=0.1),
+            f.precondition(params, inverse="moore_penrose", rtol=1e-6),
+            f.spectrum(),
+            f.rank(rtol=1e-6),
+        )
+
+    return call
+
+
+def drawn(net, params, x, y):
+    """Noise already drawn is the same everywhere."""
+    noise = np.random.default_rng(0).standard_normal((3, 2, 20, 3, 2))
+    xp = ng.linalg._arrays.namespace(x)
+    estimate = ng.sampled_fisher(net, params, x, xp.asarray(noise), n_samples=3)
+    return estimate.to_dense(), estimate.standard_error()
+
+
 CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "second_moment": (ng.second_moment, (X, Y)),
     "covariance": (lambda x: (ng.covariance(x, correction=1), ng.covariance(x, shrinkage="oas")), (X,)),
@@ -115,6 +157,27 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "deep_linear.gradient_flow_modes": (lambda a, s: dl.gradient_flow_modes(a, s, 0.5, depth=3), (MODES, 2 * MODES)),
     "deep_linear.euler_decay_rate": (dl.euler_decay_rate, (MODES,)),
+    "networks.MLP": on_params(MLP, passes_of),
+    "networks.ConvNet": on_params(CONVNET, passes_of),
+    "networks.Network": on_params(
+        CONVNET, lambda net, params, x, y: net.backward(params, t := net.forward(params, x), t.output)
+    ),
+    "networks.Dense": (lambda w, x: nn.Dense(4, 5).forward(w, nn.Dense(4, 5).rows(x)), (PARAMS[0], X)),
+    "networks.Conv2d": (lambda w, x: CONVNET.layers[0].forward(w, CONVNET.layers[0].rows(x)), (FILTERS[0], IMAGES)),
+    "networks.Trace": on_params(MLP, lambda net, params, x, y: net.forward(params, x)),
+    "networks.Gaussian": (lambda noise, x, y: nn.Gaussian(noise).residual(x, y), (NOISE, Y, 2 * Y)),
+    "networks.Bernoulli": (nn.Bernoulli().loss, (Y, (Y > 0) + 0.0)),
+    "networks.Categorical": (nn.Categorical().metric, (Y, 2 * Y)),
+    "NetworkFisher": on_params(CONVNET, fisher_of(lambda net, params, x, y: ng.NetworkFisher(net, params, x))),
+    "FisherEstimate": on_params(MLP, drawn),
+    "FisherComparison": on_params(
+        MLP,
+        lambda net, params, x, y: net.fisher(params, x).compare(
+            ng.empirical_fisher(net, params, x, y), params, damping=0.1
+        ),
+    ),
+    "sampled_fisher": on_params(MLP, drawn),
+    "empirical_fisher": on_params(MLP, fisher_of(ng.empirical_fisher)),
 }
 ROWS = {row.name: row for row in _support.SUPPORT}
 
