@@ -66,8 +66,8 @@ def _relu_slope(xp: Namespace, z: Array) -> Array:
 # sqrt(2 / pi), and the cubic coefficient of Hendrycks and Gimpel (2016).
 _GELU_SCALE, _GELU_CUBIC = 0.7978845608028654, 0.044715
 
-# The inner tanh is 1 to the last digit from here on, and cubes stay in the range of float32.
-_GELU_END = 16.0
+# From here on the sigmoid of the inner argument is 0 or 1 even in float64; cubes stay in the range of float32.
+_GELU_END = 24.0
 
 
 def _gelu_inner(xp: Namespace, z: Array) -> tuple[Array, Array]:
