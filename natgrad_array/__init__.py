@@ -1,6 +1,6 @@
 """Exact natural gradient for ensembles of networks, on any array library."""
 
-from natgrad_array import deep_linear, networks
+from natgrad_array import deep_linear, networks, optimizers
 from natgrad_array.deep_linear import GaussianTask
 from natgrad_array.fisher import FisherComparison, FisherEstimate, NetworkFisher, empirical_fisher, sampled_fisher
 from natgrad_array.linalg import pinvh, precondition
@@ -18,6 +18,7 @@ __all__ = [
     "deep_linear",
     "empirical_fisher",
     "networks",
+    "optimizers",
     "pinvh",
     "precondition",
     "sampled_fisher",

@@ -1,0 +1,66 @@
+"""Optimizers made of three choices: where moments come from, what stands for an inverse, how far to go.
+
+>>> import natgrad_array as ng
+>>> opt = ng.optimizers.kfac()
+
+A preset is an `Optimizer` with choices of the literature; any mixture is one too.
+"""
+
+from natgrad_array.optimizers.estimates import Empirical, Estimate, ExactDirections, InputsOnly, ModelSampled
+from natgrad_array.optimizers.inverses import (
+    Adam,
+    FactoredTikhonov,
+    FullFisher,
+    Identity,
+    Inverse,
+    MoorePenrose,
+    RescaledEigenbasis,
+    RootDamped,
+    Tikhonov,
+)
+from natgrad_array.optimizers.optimizer import Optimizer, OptimizerState, StepInfo
+from natgrad_array.optimizers.presets import (
+    adam,
+    bounded_kfac,
+    ekfac,
+    foof,
+    heskes,
+    kfac,
+    natural_gradient,
+    sgd,
+)
+from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, NormBound, PerLayer, QuadraticModel
+
+__all__ = [
+    "Adam",
+    "Damping",
+    "Empirical",
+    "Estimate",
+    "ExactDirections",
+    "FactoredTikhonov",
+    "Fixed",
+    "FullFisher",
+    "Identity",
+    "InputsOnly",
+    "Inverse",
+    "LevenbergMarquardt",
+    "ModelSampled",
+    "MoorePenrose",
+    "NormBound",
+    "Optimizer",
+    "OptimizerState",
+    "PerLayer",
+    "QuadraticModel",
+    "RescaledEigenbasis",
+    "RootDamped",
+    "StepInfo",
+    "Tikhonov",
+    "adam",
+    "bounded_kfac",
+    "ekfac",
+    "foof",
+    "heskes",
+    "kfac",
+    "natural_gradient",
+    "sgd",
+]

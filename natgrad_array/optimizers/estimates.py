@@ -1,0 +1,246 @@
+"""Where the two moments of every layer come from: the first of an optimizer's three choices.
+
+An estimate looks at a batch once and leaves `Statistics`: what came into every layer, and
+errors that came back to it. All moments that inverses work on are sums over these.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from natgrad_array import _arrays, linalg
+from natgrad_array._arrays import Array
+from natgrad_array.kronecker import Kronecker
+from natgrad_array.networks import passes
+from natgrad_array.networks.network import Network
+from natgrad_array.networks.passes import Trace
+
+CONVOLUTIONS = ("expand", "reduce")
+
+
+class Statistics(NamedTuple):
+    """What an estimate has seen of a batch.
+
+    Attributes
+    ----------
+    rows : tuple of arrays, shapes (*batch, N, T_i, n_{i-1} + 1)
+        Homogeneous inputs of every layer.
+    deltas : tuple of arrays, shapes (K, *batch, N, T_i, n_i), or None
+        K errors of every layer, scaled so that the Fisher information is the sum over them
+        of the mean over samples; None where errors play no part.
+    """
+
+    rows: tuple[Any, ...]
+    deltas: tuple[Any, ...] | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What all estimates share.
+
+    Parameters
+    ----------
+    average : float
+        How much of the old moments is kept at most, in [0, 1): the weight is
+        min(1 − 1/k, average) in step k. 0 takes the batch alone.
+    share : float
+        The part of the batch, from its start, that is looked at, in (0, 1].
+    convolution : {"expand", "reduce"}
+        How the positions of a convolution enter: as if they were samples (Grosse and
+        Martens 2016), or inputs averaged and errors summed first (Eschenhagen et al. 2023).
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
+    """
+
+    average: float = 0.0
+    share: float = 1.0
+    convolution: str = "expand"
+
+    has_errors: ClassVar[bool] = True
+    """Whether errors come back to the layers at all."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.average < 1.0:
+            raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        _arrays.check_option("convolution", self.convolution, CONVOLUTIONS)
+
+    def observe(self, net: Network, params: tuple[Array, ...], trace: Trace, y: Array, rng: Any) -> Statistics:
+        """Look at a batch.
+
+        Parameters
+        ----------
+        net : Network
+            The layers and the likelihood.
+        params : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            The parameters.
+        trace : Trace
+            Their forward pass.
+        y : array
+            The batch's targets, which only an empirical estimate looks at.
+        rng : object
+            Where randomness comes from, for an estimate that draws.
+
+        Returns
+        -------
+        Statistics
+            Of the first part of the batch.
+        """
+        samples = int(trace.output.shape[-2])
+        part = max(1, math.ceil(self.share * samples))
+        trace = trace if part == samples else _first(net, trace, part)
+        errors = self._errors(net, trace, y, part, rng)
+        if errors is None:
+            return Statistics(trace.rows, None)
+        return Statistics(trace.rows, passes.backward(net.layers, params, trace, errors))
+
+    def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array | None:
+        """Derivatives (K, *batch, N, n_L) at the outputs."""
+        raise NotImplementedError("an estimate says which errors it sends back")
+
+    def factors(self, statistics: Statistics) -> tuple[Kronecker, ...]:
+        """Compute the two moments of every layer.
+
+        Parameters
+        ----------
+        statistics : Statistics
+            What `observe` saw.
+
+        Returns
+        -------
+        tuple of Kronecker
+            A = ⟨ā āᵀ⟩ and G = Σ ⟨δ δᵀ⟩.
+        """
+        deltas = (None,) * len(statistics.rows) if statistics.deltas is None else statistics.deltas
+        return tuple(self._pair(rows, errors) for rows, errors in zip(statistics.rows, deltas, strict=True))
+
+    def _pair(self, rows: Array, errors: Array | None) -> Kronecker:
+        rows, errors = self.as_samples(rows, errors)
+        positions = rows.shape[-2]
+        forward = moment(rows)
+        if errors is None:
+            return Kronecker(forward, None)
+        xp = _arrays.namespace(errors)
+        # The error directions become samples too, of which N make a mean.
+        stacked = xp.moveaxis(errors, 0, -4) if errors.shape[0] > 1 else errors[0, ..., None, :, :, :]
+        flat = xp.reshape(stacked, (*stacked.shape[:-4], math.prod(stacked.shape[-4:-1]), stacked.shape[-1]))
+        return Kronecker(forward, _gram(flat, errors.shape[-3] * positions))
+
+    def as_samples(self, rows: Array, errors: Array | None) -> tuple[Array, Array | None]:
+        """Reduce the positions of a convolution to one, if that is how they enter.
+
+        Parameters
+        ----------
+        rows : array, shape (*batch, N, T, n + 1)
+            Homogeneous inputs.
+        errors : array, shape (K, *batch, N, T, m), or None
+            Errors.
+
+        Returns
+        -------
+        rows, errors : arrays
+            With T = 1 for "reduce", as they were for "expand".
+        """
+        if self.convolution == "expand" or rows.shape[-2] == 1:
+            return rows, errors
+        xp = _arrays.namespace(rows)
+        mean = xp.mean(rows, axis=-2, keepdims=True)
+        return mean, None if errors is None else xp.sum(errors, axis=-2, keepdims=True)
+
+
+@dataclass(frozen=True)
+class ModelSampled(Estimate):
+    """Errors of targets drawn from the model: an unbiased estimate of the Fisher information.
+
+    Parameters
+    ----------
+    average, share, convolution
+        As for every estimate.
+    n_samples : int
+        How many targets are drawn for each input.
+
+    Notes
+    -----
+    Of Martens and Grosse (2015), and with one draw of Bernacchia, Lengyel and Hennequin
+    (2018).
+    """
+
+    n_samples: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _arrays.is_integer(self.n_samples) or self.n_samples < 1:
+            raise ValueError(f"n_samples must be an integer of at least 1, got {self.n_samples!r}")
+
+    def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array:
+        if rng is None:
+            raise TypeError("rng must be a source of randomness for an estimate that samples the model, got None")
+        drawn = net.likelihood.sample(trace.output, rng, draws=(self.n_samples,))
+        return net.likelihood.residual(trace.output, drawn) * self.n_samples**-0.5
+
+
+@dataclass(frozen=True)
+class ExactDirections(Estimate):
+    """Every output direction, no sampling: n_L backward passes, and the exact moments."""
+
+    def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array:
+        root = net.likelihood.metric_root(trace.output)
+        return _arrays.namespace(root).moveaxis(root, -1, 0)
+
+
+@dataclass(frozen=True)
+class Empirical(Estimate):
+    """The data's own errors: the empirical Fisher information, which is another matrix."""
+
+    def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array:
+        samples = y.shape[-1] if net.likelihood.name == "categorical" else y.shape[-2]
+        if part != samples:
+            y = y[..., :part] if net.likelihood.name == "categorical" else y[..., :part, :]
+        return net.likelihood.residual(trace.output, y)[None, ...]
+
+
+@dataclass(frozen=True)
+class InputsOnly(Estimate):
+    """The identity in place of the moment of errors, as in FOOF (Benzing 2022)."""
+
+    has_errors: ClassVar[bool] = False
+
+    def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> None:
+        return None
+
+
+def moment(rows: Array) -> Array:
+    """⟨ā āᵀ⟩, the mean over samples of the sum over positions: (*batch, N, T, n) to (*batch, n, n)."""
+    xp = _arrays.namespace(rows)
+    *batch, samples, positions, n = rows.shape
+    return _gram(xp.reshape(rows, (*batch, samples * positions, n)), samples)
+
+
+def _gram(flat: Array, count: int) -> Array:
+    return _arrays.gram(_arrays.namespace(flat), flat, count)
+
+
+def _first(net: Network, trace: Trace, part: int) -> Trace:
+    """The trace of the first samples of a batch."""
+    slopes = []
+    for slope, layer in zip(trace.slopes, net.layers, strict=False):
+        after = (slice(None),) * len(layer.output_shape)
+        slopes.append(slope[(..., slice(part), *after)])
+    rows = tuple(array[..., :part, :, :] for array in trace.rows)
+    return Trace(rows, tuple(slopes), trace.output[..., :part, :])
+
+
+def weighted(old: Any, new: Any, weight: Array) -> Any:
+    """`weight` of the old moments and the rest of the new ones, in nested tuples."""
+    if isinstance(old, tuple):
+        parts = [weighted(a, b, weight) for a, b in zip(old, new, strict=True)]
+        return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)
+    if old is None:
+        return None
+    return weight * old + (1.0 - weight) * new

@@ -1,0 +1,351 @@
+"""What stands for the inverse of the Fisher information: the second of an optimizer's three choices.
+
+An inverse says which moments it needs, makes something of them at every refresh, and turns
+gradients into directions with that. All of it is arrays, so that a state can be traced,
+pickled and written to disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from natgrad_array import _arrays, linalg
+from natgrad_array._arrays import Array, Namespace
+from natgrad_array.kronecker import Kronecker, KroneckerBasis
+from natgrad_array.networks import passes
+from natgrad_array.networks.network import Network
+from natgrad_array.networks.passes import Trace
+from natgrad_array.optimizers.estimates import Estimate, Statistics
+
+Tangent = tuple[Array, ...]
+
+
+class Context(NamedTuple):
+    """Where an optimizer is: what inverses and step rules may look at.
+
+    Attributes
+    ----------
+    net : Network
+        The layers and the likelihood.
+    params : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+        The parameters before the step.
+    x : array
+        The batch's inputs.
+    trace : Trace
+        Their forward pass.
+    gradient : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+        The gradient of the loss.
+    damping : array, shape (*batch,)
+        Of each member.
+    count : array, shape ()
+        Steps taken before this one.
+    """
+
+    net: Network
+    params: Tangent
+    x: Array
+    trace: Trace
+    gradient: Tangent
+    damping: Array
+    count: Array
+
+    @property
+    def xp(self) -> Namespace:
+        """The namespace of all arrays."""
+        return _arrays.namespace(self.damping)
+
+    @property
+    def scalar(self) -> Array:
+        """The damping with two core axes of length one."""
+        return self.damping[..., None, None]
+
+
+class Inverse:
+    """What all inverses share; by itself it is the identity, that of gradient descent."""
+
+    uses_statistics: ClassVar[bool] = False
+    """Whether it needs an estimate at all."""
+
+    needs_errors: ClassVar[bool] = False
+    """Whether the estimate has to send errors back."""
+
+    def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
+        """The quantities that are averaged over batches, in nested tuples."""
+        return ()
+
+    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        """What there is before the first refresh, of the same structure as after it."""
+        return ()
+
+    def start_moments(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        """Moments of zeros."""
+        return ()
+
+    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+        """Make something new of the moments."""
+        return prepared
+
+    def follow(self, prepared: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+        """What happens to it in the steps between."""
+        return prepared
+
+    def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
+        """The direction of the gradient, and what is kept."""
+        return at.gradient, prepared
+
+    def ranks(self, prepared: Any) -> tuple[Any, ...]:
+        """The ranks of each layer's two moments, where the inverse decides on them."""
+        return ()
+
+
+def zero_blocks(params: Tangent, estimate: Estimate) -> tuple[Kronecker, ...]:
+    """Blocks of zeros for every layer, of the parts that an estimate has."""
+    found, backward = [], estimate.has_errors
+    for weights in params:
+        xp, (m, n) = _arrays.namespace(weights), weights.shape[-2:]
+        batch, kind = weights.shape[:-2], {"dtype": weights.dtype, "device": _arrays.device(weights)}
+        found.append(
+            Kronecker(xp.zeros((*batch, n, n), **kind), xp.zeros((*batch, m, m), **kind) if backward else None)
+        )
+    return tuple(found)
+
+
+class _ByFactors(Inverse):
+    """Inverses of the two moments of every layer."""
+
+    uses_statistics: ClassVar[bool] = True
+
+    def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
+        return estimate.factors(statistics)
+
+    def start_moments(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        return zero_blocks(params, estimate)
+
+    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        return zero_blocks(params, estimate)
+
+
+@dataclass(frozen=True)
+class Identity(Inverse):
+    """No inverse: the direction is the gradient."""
+
+
+@dataclass(frozen=True)
+class MoorePenrose(_ByFactors):
+    """The pseudo-inverse of both moments, A⁺ ⊗ G⁺: no damping, ranks decided by a relative cut-off.
+
+    Parameters
+    ----------
+    rtol : float, optional
+        As in `pinvh`.
+    """
+
+    rtol: float | None = None
+
+    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        none = not estimate.has_errors
+        ranks = tuple((w[..., 0, 0], None if none else w[..., 0, 0]) for w in params)
+        return zero_blocks(params, estimate), ranks
+
+    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+        blocks = tuple(block.pinv(rtol=self.rtol) for block in moments)
+        # The trace of A A⁺ is the rank of A.
+        ranks = tuple(
+            (_overlap(block.forward, inverse.forward), _overlap(block.backward, inverse.backward))
+            for block, inverse in zip(moments, blocks, strict=True)
+        )
+        return blocks, ranks
+
+    def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
+        return multiply(prepared[0], at.gradient), prepared
+
+    def ranks(self, prepared: Any) -> tuple[Any, ...]:
+        return tuple(prepared[1])
+
+
+def _overlap(a: Array | None, b: Array | None) -> Array | None:
+    if a is None or b is None:
+        return None
+    xp = _arrays.namespace(a)
+    return xp.round(xp.sum(a * b, axis=(-2, -1)))
+
+
+def multiply(blocks: Any, gradient: Tangent) -> Tangent:
+    """Every layer's block times its gradient."""
+    return tuple(block.matvec(g) for block, g in zip(blocks, gradient, strict=True))
+
+
+@dataclass(frozen=True)
+class FactoredTikhonov(_ByFactors):
+    """(A + πγ 1)⁻¹ ⊗ (G + γ/π 1)⁻¹: each factor damped by its share, as in K-FAC."""
+
+    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+        return tuple(block.damped_inverse(at.scalar) for block in moments)
+
+    def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
+        return multiply(prepared, at.gradient), prepared
+
+
+@dataclass(frozen=True)
+class RootDamped(_ByFactors):
+    """Every eigenvalue λ of both factors inverted as 1/(λ + √damping), what no sample reaches dropped.
+
+    The rule of Bernacchia, Lengyel and Hennequin's own experiments (2018).
+    """
+
+    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+        xp, shift, found = at.xp, at.scalar**0.5, []
+        counts = [rows.shape[-3] * rows.shape[-2] for rows in statistics.rows]
+        draws = 1 if statistics.deltas is None else int(statistics.deltas[0].shape[0])
+        for block, count in zip(moments, counts, strict=True):
+            backward = None if block.backward is None else _root_damped(xp, block.backward, shift, count * draws)
+            forward = _root_damped(xp, block.forward, shift, count)
+            found.append(Kronecker(forward, backward / (1.0 + shift) if backward is None else backward))
+        return tuple(found)
+
+    def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
+        return multiply(prepared, at.gradient), prepared
+
+
+def _root_damped(xp: Namespace, a: Array, shift: Array, samples: int) -> Array:
+    if samples >= a.shape[-1]:
+        # As many samples as directions: what none of them reaches, their gradient does not either.
+        return linalg.pinvh_checked(xp, a + shift * _arrays.eye(xp, a.shape[-1], a), None, "auto")
+    values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a), None)
+    scaled = linalg.reciprocal(xp, values + shift[..., 0], kept & (values > 0.0))
+    return (vectors * scaled[..., None, :]) @ vectors.mT
+
+
+@dataclass(frozen=True)
+class Tikhonov(_ByFactors):
+    """(A ⊗ G + damping 1)⁻¹, exactly, in the joint eigenbasis; at each step with the damping of that step."""
+
+    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        return tuple(
+            KroneckerBasis(block.forward, block.backward, _arrays.namespace(w).zeros_like(w))
+            for block, w in zip(zero_blocks(params, estimate), params, strict=True)
+        )
+
+    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+        return tuple(KroneckerBasis.of(block, w.shape[-2]) for block, w in zip(moments, at.params, strict=True))
+
+    def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
+        return tuple(basis.solve(g, at.scalar) for basis, g in zip(prepared, at.gradient, strict=True)), prepared
+
+
+@dataclass(frozen=True)
+class RescaledEigenbasis(Tikhonov):
+    """The joint eigenbasis with the measured second moments of the gradient in it, as in EKFAC.
+
+    The basis is new at every refresh, the second moments follow every batch (George et al.
+    2018).
+
+    Parameters
+    ----------
+    average : float
+        How much of the old second moments is kept in the steps between.
+    """
+
+    average: float = 0.95
+
+    needs_errors: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.average < 1.0:
+            raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
+
+    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+        bases = super().refresh(prepared, moments, statistics, estimate, at)
+        return self._rescaled(bases, statistics, 0.0)
+
+    def follow(self, prepared: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+        return self._rescaled(prepared, statistics, self.average)
+
+    def _rescaled(self, bases: Any, statistics: Statistics, average: float) -> tuple[KroneckerBasis, ...]:
+        assert statistics.deltas is not None
+        found = []
+        for basis, rows, delta in zip(bases, statistics.rows, statistics.deltas, strict=True):
+            measured = _second_moments(basis, rows, delta)
+            found.append(basis._replace(scale=average * basis.scale + (1.0 - average) * measured))
+        return tuple(found)
+
+
+def _second_moments(basis: KroneckerBasis, rows: Array, delta: Array) -> Array:
+    """⟨(U_Gᵀ J U_A)²⟩, entry by entry, over samples and summed over error directions."""
+    assert basis.backward is not None
+    xp = _arrays.namespace(delta)
+    forward, backward = rows @ basis.forward[..., None, :, :], delta @ basis.backward[..., None, :, :]
+    samples = rows.shape[-3]
+    if rows.shape[-2] == 1:
+        # The square of a product of two vectors is a product of squares.
+        squares = (backward[..., 0, :] ** 2).mT @ forward[..., 0, :] ** 2
+        return xp.sum(squares, axis=0) / samples
+    return xp.sum(passes.jacobian(backward, forward) ** 2, axis=(0, -3)) / samples
+
+
+@dataclass(frozen=True)
+class FullFisher(Inverse):
+    """The Moore–Penrose inverse of the whole exact Fisher information of the batch, layers together.
+
+    Through P × P or, for few samples, N n_L × N n_L systems, whichever is smaller; a
+    damping other than zero is added to all eigenvalues.
+    """
+
+    def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
+        fisher = at.net.fisher(at.params, at.x)
+        return fisher.precondition(at.gradient, inverse="moore_penrose", damping=at.damping), prepared
+
+
+class AdamState(NamedTuple):
+    """Running moments of the gradient.
+
+    Attributes
+    ----------
+    first, second : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+        Means of the gradient and of its square.
+    """
+
+    first: Tangent
+    second: Tangent
+
+
+@dataclass(frozen=True)
+class Adam(Inverse):
+    """The gradient's running mean over the root of its running square (Kingma and Ba 2015).
+
+    Parameters
+    ----------
+    beta1, beta2 : float
+        How much of the old means is kept.
+    eps : float
+        Added to the root.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not self.eps >= 0.0:
+            raise ValueError(f"eps must be at least 0, got {self.eps}")
+
+    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        zeros = tuple(_arrays.namespace(w).zeros_like(w) for w in params)
+        return AdamState(zeros, zeros)
+
+    def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
+        xp = at.xp
+        first = tuple(self.beta1 * m + (1.0 - self.beta1) * g for m, g in zip(prepared.first, at.gradient, strict=True))
+        second = tuple(
+            self.beta2 * v + (1.0 - self.beta2) * g * g for v, g in zip(prepared.second, at.gradient, strict=True)
+        )
+        k = at.count + 1.0
+        unbias, unbias_square = 1.0 / (1.0 - self.beta1**k), 1.0 / (1.0 - self.beta2**k)
+        direction = tuple(
+            m * unbias / (xp.sqrt(v * unbias_square) + self.eps) for m, v in zip(first, second, strict=True)
+        )
+        return direction, AdamState(first, second)

@@ -1,0 +1,253 @@
+"""An optimizer: an estimate, an inverse, a step rule and a damping policy, put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from natgrad_array import _arrays
+from natgrad_array._arrays import Array, Namespace
+from natgrad_array.networks import passes
+from natgrad_array.networks.network import Network, Params
+from natgrad_array.optimizers.estimates import Estimate, InputsOnly, weighted
+from natgrad_array.optimizers.inverses import Context, Identity, Inverse
+from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, Scaling
+
+
+class OptimizerState(NamedTuple):
+    """What an optimizer remembers between steps: arrays in nested tuples.
+
+    Attributes
+    ----------
+    count : array, shape ()
+        Steps taken.
+    damping : array, shape (*batch,)
+        Of each member.
+    moments : tuple
+        Averaged moments of the layers.
+    prepared : tuple
+        What the inverse has made of them.
+    previous : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+        The last change of the parameters.
+    """
+
+    count: Any
+    damping: Any
+    moments: Any
+    prepared: Any
+    previous: Any
+
+
+class StepInfo(NamedTuple):
+    """What happened in a step, member by member.
+
+    Attributes
+    ----------
+    loss : array, shape (*batch,)
+        Of the batch before the step, in nats per sample.
+    new_loss : array, shape (*batch,), or None
+        Of the same batch after it, where the damping policy asked for it.
+    rate : array, shape (*batch,)
+        How much of the direction was taken.
+    damping : array, shape (*batch,)
+        Of this step.
+    ratio : array, shape (*batch,), or None
+        Actual over predicted reduction of the loss.
+    accepted : array of bool, shape (*batch,), or None
+        Whether the step was made.
+    ranks : tuple of pairs of arrays, shapes (*batch,)
+        Of the two moments of each layer, where the inverse decides on ranks.
+    """
+
+    loss: Any
+    new_loss: Any
+    rate: Any
+    damping: Any
+    ratio: Any
+    accepted: Any
+    ranks: Any
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Three choices and a damping: how a network, or an ensemble of them, is trained.
+
+    Presets such as `kfac` make the named methods of the literature; any mixture is as good.
+
+    Parameters
+    ----------
+    estimate : Estimate
+        Where the moments of the layers come from.
+    inverse : Inverse
+        What stands for the inverse of the Fisher information.
+    scaling : Scaling
+        How far to go.
+    damping : Damping
+        How the damping starts, and what it learns from.
+    refresh : int
+        Steps between two inverses. On eager arrays more than one costs a scalar brought to
+        the host in each step.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a choice is of the wrong kind, or `refresh` is not a positive integer.
+
+    Notes
+    -----
+    Every quantity that adapts is an array over the ensemble: a member that diverges turns
+    to NaN alone. Under `jax.jit` the state is a pytree.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net = ng.networks.MLP((2, 8, 1))
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((50, 2))
+    >>> y = x[:, :1] * x[:, 1:]
+    >>> params = net.init(0, (5,), like=x)
+    >>> opt = ng.optimizers.natural_gradient()
+    >>> state = opt.init(net, params)
+    >>> for _ in range(30):
+    ...     params, state, info = opt.step(net, params, state, x, y, rng)
+    >>> bool(np.all(net.loss(params, x, y) < 0.5 * np.mean(y**2) / 4))
+    True
+    """
+
+    estimate: Estimate = field(default_factory=InputsOnly)
+    inverse: Inverse = field(default_factory=Identity)
+    scaling: Scaling = field(default_factory=Fixed)
+    damping: Damping = field(default_factory=Damping)
+    refresh: int = 1
+
+    def __post_init__(self) -> None:
+        for name, kind in (("estimate", Estimate), ("inverse", Inverse), ("scaling", Scaling), ("damping", Damping)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(
+                    f"{name} must be of the kind {kind.__name__}, got {_arrays.describe(getattr(self, name))}"
+                )
+        if self.inverse.needs_errors and not self.estimate.has_errors:
+            raise ValueError(f"estimate must have errors for the inverse {self.inverse}, got {self.estimate}")
+        if not _arrays.is_integer(self.refresh) or self.refresh < 1:
+            raise ValueError(f"refresh must be an integer of at least 1, got {self.refresh!r}")
+
+    @_arrays.quiet
+    def init(self, net: Network, params: Params, /) -> OptimizerState:
+        """Make the state before the first step.
+
+        Parameters
+        ----------
+        net : Network
+            The layers and the likelihood.
+        params : sequence of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            The first parameters.
+
+        Returns
+        -------
+        OptimizerState
+            Of the library, dtype and device of the parameters.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `net` is no network, or `params` do not fit it.
+        """
+        xp, given = _check(net, params)
+        batch = _arrays.broadcast_batch({str(i): tuple(w.shape[:-2]) for i, w in enumerate(given)})
+        zeros = tuple(xp.zeros((*batch, *w.shape[-2:]), dtype=w.dtype, device=_arrays.device(w)) for w in given)
+        damping = self.damping.start(xp, xp.sum(zeros[0], axis=(-2, -1)))
+        count = xp.zeros((), dtype=given[0].dtype, device=_arrays.device(given[0]))
+        moments = self.inverse.start_moments(net, zeros, self.estimate)
+        return OptimizerState(count, damping, moments, self.inverse.start(net, zeros, self.estimate), zeros)
+
+    @_arrays.quiet
+    def step(
+        self, net: Network, params: Params, state: OptimizerState, x: Array, y: Array, rng: Any = None, /
+    ) -> tuple[tuple[Array, ...], OptimizerState, StepInfo]:
+        """Take one step on one batch.
+
+        Parameters
+        ----------
+        net : Network
+            The layers and the likelihood.
+        params : sequence of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            The parameters.
+        state : OptimizerState
+            From `init` or from the last step.
+        x : array, shape (*batch, N, n_0), or (*batch, N, height, width, channels)
+            N inputs.
+        y : array, shape (*batch, N, n_L), or (*batch, N) for classes
+            Their targets.
+        rng : int, numpy.random.Generator, cupy.random.Generator, torch.Generator, JAX key, or array
+            Where randomness comes from, for estimates that sample the model. A seed draws
+            the same in each step: give a generator, or a new key each time.
+
+        Returns
+        -------
+        params : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            The new parameters.
+        state : OptimizerState
+            For the next step.
+        info : StepInfo
+            What happened.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the arguments do not fit the network or each other, or `rng` is missing.
+        """
+        xp, given = _check(net, params)
+        if not isinstance(state, OptimizerState):
+            raise TypeError(f"state must be what init or step returned, got {_arrays.describe(state)}")
+        trace = net.forward(given, x)
+        loss = net.likelihood.loss(trace.output, y)
+        errors = net.likelihood.residual(trace.output, y) / trace.output.shape[-2]
+        gradient = passes.collect(trace.rows, passes.backward(net.layers, given, trace, errors))
+        at = Context(net, given, x, trace, gradient, state.damping, state.count)
+
+        moments, prepared = self._prepare(state, at, y, rng)
+        direction, prepared = self.inverse.apply(prepared, at)
+        made = self.scaling.take(direction, state.previous, at)
+        new = tuple(w + d for w, d in zip(given, made.change, strict=True))
+        change, damping = made.change, state.damping
+        new_loss = ratio = accepted = None
+        if isinstance(self.damping, LevenbergMarquardt):
+            predicted = self.damping.predicted(made, direction, at)
+            new_loss = net.likelihood.loss(net.output(new, x), y)
+            damping, ratio, accepted = self.damping.judge(loss, new_loss, predicted, at)
+            if self.damping.reject:
+                made_ones = accepted[..., None, None]
+                new = tuple(xp.where(made_ones, a, b) for a, b in zip(new, given, strict=True))
+                change = tuple(xp.where(made_ones, d, 0.0) for d in change)
+        info = StepInfo(loss, new_loss, made.rate, state.damping, ratio, accepted, self.inverse.ranks(prepared))
+        return new, OptimizerState(state.count + 1.0, damping, moments, prepared, change), info
+
+    def _prepare(self, state: OptimizerState, at: Context, y: Array, rng: Any) -> tuple[Any, Any]:
+        """The moments and the inverse that this step uses."""
+        if not self.inverse.uses_statistics:
+            return state.moments, state.prepared
+        statistics = self.estimate.observe(at.net, at.params, at.trace, y, rng)
+        moments = self.inverse.moments(statistics, self.estimate)
+        if self.estimate.average > 0.0:
+            kept = 1.0 - 1.0 / (state.count + 1.0)
+            kept = at.xp.where(kept < self.estimate.average, kept, self.estimate.average)
+            moments = weighted(state.moments, moments, kept)
+
+        def refreshed() -> Any:
+            return self.inverse.refresh(state.prepared, moments, statistics, self.estimate, at)
+
+        if self.refresh == 1:
+            return moments, refreshed()
+        due = state.count % self.refresh == 0.0
+        prepared = _arrays.branch(
+            due, refreshed, lambda: self.inverse.follow(state.prepared, statistics, self.estimate, at)
+        )
+        return moments, prepared
+
+
+def _check(net: Network, params: Params) -> tuple[Namespace, tuple[Array, ...]]:
+    if not isinstance(net, Network):
+        raise TypeError(f"net must be a Network, got {_arrays.describe(net)}")
+    given = _arrays.check_sequence("params", params, "a tuple or list with one array for each layer")
+    return _arrays.namespace(given[0]), net.check_tangent("params", given, given[0])

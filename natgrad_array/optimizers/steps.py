@@ -1,0 +1,367 @@
+"""How layers are combined and how far to go: the third of an optimizer's three choices.
+
+A step rule turns a direction into a change of the parameters, and a damping policy learns
+from what the loss did. Both work member by member of an ensemble.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from natgrad_array import _arrays
+from natgrad_array._arrays import Array, Namespace
+from natgrad_array.networks import passes
+from natgrad_array.networks.passes import Trace
+from natgrad_array.optimizers.estimates import _first
+from natgrad_array.optimizers.inverses import Context, Tangent
+
+PREDICTIONS = ("exact", "block_diagonal", "damped")
+
+
+class Change(NamedTuple):
+    """A change of the parameters, before it is made.
+
+    Attributes
+    ----------
+    change : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+        What is added.
+    rate : array, shape (*batch,)
+        How much of the direction is in it.
+    moved : array, shape (*batch, N', n_L), or None
+        How the outputs of the first N' samples move to first order, if a rule has found out.
+    """
+
+    change: Tangent
+    rate: Array
+    moved: Array | None
+
+
+def dot(xp: Namespace, a: Tangent, b: Tangent) -> Array:
+    """Inner product of two tangents, member by member."""
+    total: Array = 0.0
+    for u, v in zip(a, b, strict=True):
+        total = total + xp.sum(u * v, axis=(-2, -1))
+    return total
+
+
+def curvature(at: Context, trace: Trace, a: Array, b: Array) -> Array:
+    """Product aᵀ F b by how the outputs move: the mean over samples of (J a)ᵀ M (J b)."""
+    product = at.net.likelihood.metric(trace.output, b)
+    return at.xp.sum(a * product, axis=(-2, -1)) / trace.output.shape[-2]
+
+
+class Scaling:
+    """What all step rules share."""
+
+    def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
+        """Turn a direction into a change of the parameters; `previous` is the last change made."""
+        raise NotImplementedError("a step rule says how far it goes")
+
+
+def _full(xp: Namespace, value: float, like: Array) -> Array:
+    return xp.full(tuple(like.shape), value, dtype=like.dtype, device=_arrays.device(like))
+
+
+@dataclass(frozen=True)
+class Fixed(Scaling):
+    """A fixed learning rate, with or without momentum.
+
+    Parameters
+    ----------
+    learning_rate : float or array of shape (*batch,)
+        How much of the direction is taken. Its batch axes are those of the ensemble: a
+        sweep over learning rates is one.
+    momentum : float
+        How much of the last change is added, in [0, 1).
+    """
+
+    learning_rate: Any = 1.0
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_momentum(self.momentum)
+
+    def _rate(self, at: Context) -> Array:
+        rate = _arrays.check_nonnegative(
+            "learning_rate", self.learning_rate, at.xp, at.damping, batch=tuple(at.damping.shape)
+        )
+        return rate + at.xp.zeros_like(at.damping)
+
+    def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
+        """Go down the direction."""
+        rate = self._rate(at)
+        scalar = rate[..., None, None]
+        change = tuple(self.momentum * p - scalar * d for p, d in zip(previous, direction, strict=True))
+        return Change(change, rate, None)
+
+
+def _check_momentum(value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {value}")
+
+
+@dataclass(frozen=True)
+class PerLayer(Fixed):
+    """A learning rate divided by the number of layers: the step of the layerwise rule (Eq 42)."""
+
+    def _rate(self, at: Context) -> Array:
+        return super()._rate(at) / len(at.params)
+
+
+@dataclass(frozen=True)
+class NormBound(Fixed):
+    """The learning rate, or less where the step would be longer than a bound in the metric of F̂.
+
+    min(learning_rate, √(bound / Δᵀ F̂ Δ)), with F̂ what the direction was inverted with, so
+    that Δᵀ F̂ Δ is the gradient times the direction (Ba, Grosse and Martens 2017).
+
+    Parameters
+    ----------
+    learning_rate, momentum
+        As for `Fixed`.
+    bound : float
+        Of the squared length.
+    """
+
+    bound: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.bound > 0.0:
+            raise ValueError(f"bound must be above 0, got {self.bound}")
+
+    def _rate(self, at: Context) -> Array:
+        return super()._rate(at)
+
+    def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
+        """Go down the direction, as far as the bound allows."""
+        xp, rate = at.xp, self._rate(at)
+        square = dot(xp, at.gradient, direction)
+        allowed = xp.sqrt(self.bound / xp.where(square > 0.0, square, 1.0))
+        rate = xp.where((square > 0.0) & (allowed < rate), allowed, rate)
+        scalar = rate[..., None, None]
+        change = tuple(self.momentum * p - scalar * d for p, d in zip(previous, direction, strict=True))
+        return Change(change, rate, None)
+
+
+@dataclass(frozen=True)
+class QuadraticModel(Scaling):
+    """The best step, and the best share of the last one, in the exact quadratic model of the loss.
+
+    Δ = α d + μ Δ_0 with α and μ the solution of a 2 × 2 system of products with the exact
+    Fisher information of the batch plus the damping (Martens and Grosse 2015, sections
+    6.4 and 7).
+
+    Parameters
+    ----------
+    momentum : bool
+        Whether the last change takes part.
+    share : float
+        The part of the batch that products with F are computed on, in (0, 1].
+    """
+
+    momentum: bool = True
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+
+    def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
+        """Solve for both coefficients."""
+        xp, trace = at.xp, part_of(at, self.share)
+        ways = [direction, previous] if self.momentum else [direction]
+        stacked = tuple(xp.stack(xp.broadcast_arrays(*arrays)) for arrays in zip(*ways, strict=True))
+        moved = passes.tangent(at.net.layers, at.params, trace, stacked)
+        j_d = moved[0, ...]
+        b_dd = curvature(at, trace, j_d, j_d) + at.damping * dot(xp, direction, direction)
+        slope = dot(xp, at.gradient, direction)
+        alone = -slope / xp.where(b_dd > 0.0, b_dd, 1.0)
+        if not self.momentum:
+            return _mixed(alone, None, direction, previous, j_d, None)
+        j_p = moved[1, ...]
+        b_pp = curvature(at, trace, j_p, j_p) + at.damping * dot(xp, previous, previous)
+        b_dp = curvature(at, trace, j_d, j_p) + at.damping * dot(xp, direction, previous)
+        slope_p = dot(xp, at.gradient, previous)
+        determinant = b_dd * b_pp - b_dp * b_dp
+        # Without a last change, or along the direction, the second equation says nothing new.
+        solvable = determinant > 16 * _arrays.eps(xp, determinant) * b_dd * b_pp
+        safe = xp.where(solvable, determinant, 1.0)
+        alpha = xp.where(solvable, (b_dp * slope_p - b_pp * slope) / safe, alone)
+        mu = xp.where(solvable, (b_dp * slope - b_dd * slope_p) / safe, 0.0)
+        return _mixed(alpha, mu, direction, previous, j_d, j_p)
+
+
+def _mixed(
+    alpha: Array,
+    mu: Array | None,
+    direction: Tangent,
+    previous: Tangent,
+    j_d: Array,
+    j_p: Array | None,
+) -> Change:
+    a = alpha[..., None, None]
+    if mu is None or j_p is None:
+        return Change(tuple(a * d for d in direction), -alpha, a * j_d)
+    m = mu[..., None, None]
+    change = tuple(a * d + m * p for d, p in zip(direction, previous, strict=True))
+    return Change(change, -alpha, a * j_d + m * j_p)
+
+
+def part_of(at: Context, share: float) -> Trace:
+    """The trace of the first part of the batch."""
+    samples = int(at.trace.output.shape[-2])
+    part = max(1, math.ceil(share * samples))
+    return at.trace if part == samples else _first(at.net, at.trace, part)
+
+
+# --------------------------------------------------------------------------------- damping
+
+
+@dataclass(frozen=True)
+class Damping:
+    """A damping that stays as it is.
+
+    Parameters
+    ----------
+    initial : float or array of shape (*batch,)
+        The damping; its batch axes are those of the ensemble.
+    """
+
+    initial: Any = 0.0
+
+    uses_new_loss = False
+
+    def start(self, xp: Namespace, like: Array) -> Array:
+        """The first damping of every member, of the shape of `like`."""
+        value = _arrays.check_nonnegative("damping", self.initial, xp, like, batch=tuple(like.shape))
+        return value + xp.zeros_like(like)
+
+
+class Verdict(NamedTuple):
+    """What a damping policy makes of a step.
+
+    Attributes
+    ----------
+    damping : array, shape (*batch,)
+        For the next step.
+    ratio : array, shape (*batch,)
+        Actual over predicted reduction of the loss.
+    accepted : array of bool, shape (*batch,)
+        Whether the step is made.
+    """
+
+    damping: Array
+    ratio: Array
+    accepted: Array
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt(Damping):
+    """A damping that grows where the model promised too much, and falls where it kept its word.
+
+    Parameters
+    ----------
+    initial : float or array of shape (*batch,)
+        The first damping.
+    prediction : {"exact", "block_diagonal", "damped"}
+        The reduction that is expected of a change Δ: "exact" −∇ᵀΔ − ½ ΔᵀFΔ with the exact
+        F, "damped" with F + damping, "block_diagonal" with the inverse's own blocks, as if
+        layers did not see each other. By the last a perfect step of the layerwise rule
+        has a ratio of L/(2L − 1) in place of 1; it costs no pass.
+    lower, upper : float
+        Ratios below and above which the damping changes.
+    grow, shrink : float
+        What it is multiplied by then.
+    every : int
+        Steps between changes.
+    reject : bool
+        Whether a step that raises the loss, or makes it NaN, is taken back.
+    share : float
+        The part of the batch that products with F are computed on, in (0, 1].
+    minimum : float
+        The damping never falls below it.
+    """
+
+    prediction: str = "exact"
+    lower: float = 0.25
+    upper: float = 0.75
+    grow: float = 1.5
+    shrink: float = 2.0 / 3.0
+    every: int = 1
+    reject: bool = False
+    share: float = 1.0
+    minimum: float = 0.0
+
+    uses_new_loss = True
+
+    def __post_init__(self) -> None:
+        _arrays.check_option("prediction", self.prediction, PREDICTIONS)
+        if not self.grow >= 1.0 >= self.shrink > 0.0:
+            raise ValueError(f"grow must be at least 1 and shrink in (0, 1], got {self.grow} and {self.shrink}")
+        if not self.lower <= self.upper:
+            raise ValueError(f"lower must be at most upper, got {self.lower} and {self.upper}")
+        if not _arrays.is_integer(self.every) or self.every < 1:
+            raise ValueError(f"every must be an integer of at least 1, got {self.every!r}")
+
+    def predicted(self, step: Change, direction: Tangent, at: Context) -> Array:
+        """The reduction of the loss that the model expects.
+
+        Parameters
+        ----------
+        step : Change
+            What is about to be made.
+        direction : tuple of arrays
+            What the inverse made of the gradient.
+        at : Context
+            Where it is made.
+
+        Returns
+        -------
+        array, shape (*batch,)
+            Positive for a step that should help.
+        """
+        xp = at.xp
+        if self.prediction == "block_diagonal":
+            return step.rate * (1.0 - 0.5 * step.rate) * dot(xp, at.gradient, direction)
+        trace, moved = part_of(at, self.share), step.moved
+        if moved is None or moved.shape[-2] != trace.output.shape[-2]:
+            moved = passes.tangent(at.net.layers, at.params, trace, step.change)
+        reduction = -dot(xp, at.gradient, step.change) - 0.5 * curvature(at, trace, moved, moved)
+        if self.prediction == "damped":
+            reduction = reduction - 0.5 * at.damping * dot(xp, step.change, step.change)
+        return reduction
+
+    def judge(self, loss: Array, new_loss: Array, predicted: Array, at: Context) -> Verdict:
+        """Compare what came with what was expected.
+
+        Parameters
+        ----------
+        loss, new_loss : arrays, shape (*batch,)
+            Before and after the step.
+        predicted : array, shape (*batch,)
+            The reduction that the model expected.
+        at : Context
+            Where the step was made.
+
+        Returns
+        -------
+        Verdict
+            Member by member.
+        """
+        xp = at.xp
+        ratio = (loss - new_loss) / xp.where(predicted == 0.0, 1.0, predicted)
+        # Rounding alone moves a loss by a few eps of itself: a smaller promise proves nothing.
+        silent = xp.abs(predicted) <= 8 * _arrays.eps(xp, loss) * xp.abs(loss)
+        ratio = xp.where(silent & (xp.abs(loss - new_loss) <= 16 * _arrays.eps(xp, loss) * xp.abs(loss)), 1.0, ratio)
+        bad = ~xp.isfinite(new_loss) | (ratio < self.lower)
+        good = ratio > self.upper
+        damping = at.damping * xp.where(bad, self.grow, xp.where(good, self.shrink, 1.0))
+        damping = xp.where(damping < self.minimum, self.minimum, damping)
+        if self.every > 1:
+            due = (at.count + 1.0) % self.every == 0.0
+            damping = xp.where(due, damping, at.damping)
+        accepted = (new_loss <= loss) if self.reject else xp.ones_like(loss) > 0.0
+        return Verdict(damping, ratio, accepted)
