@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from natgrad_array import _arrays, linalg
+from natgrad_array import _arrays
 from natgrad_array._arrays import Array
 from natgrad_array.kronecker import Kronecker
 from natgrad_array.networks import passes
