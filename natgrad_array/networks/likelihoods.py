@@ -16,7 +16,27 @@ from natgrad_array.networks import activations
 
 
 class Likelihood:
-    """What all likelihoods share: checks, and the mean over samples."""
+    """The distribution of targets given a network's outputs: what the three likelihoods share.
+
+    Attributes
+    ----------
+    name : str
+        The name that a network is given it by.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> likelihood = ng.networks.Categorical()
+    >>> logits = np.asarray([[0.0, 0.0], [2.0, 0.0]])
+    >>> y = likelihood.sample(logits, 0, draws=(1000,))
+    >>> y.shape
+    (1000, 2)
+    >>> root = likelihood.metric_root(logits)
+    >>> (root @ root.mT)[0]
+    array([[ 0.25, -0.25],
+           [-0.25,  0.25]])
+    """
 
     name: ClassVar[str]
 
