@@ -67,6 +67,8 @@ SUPPORT = (
     Support("networks.Network", _STACKED, True, f"init {_DRAWS}"),
     Support("networks.Dense", _STACKED, True),
     Support("networks.Conv2d", _STACKED, True),
+    Support("networks.Layer", _STACKED, True),
+    Support("networks.Likelihood", _STACKED, True),
     Support("networks.Trace", _STACKED, True),
     Support("networks.Gaussian", _STACKED, True, "the noise covariance is checked when it is made, but not inside jit"),
     Support("networks.Bernoulli", _STACKED, True, "targets are checked, but not inside jit"),

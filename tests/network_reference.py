@@ -100,8 +100,14 @@ def make(net: Network, samples: int = 5, seed: int = 0) -> Case:
 NETS: dict[str, Network] = {
     **{
         f"MLP {activation} {likelihood}": MLP((3, 4, 4, 3), activation=activation, likelihood=likelihood)
-        for activation in ACTIVATIONS
-        for likelihood in ("gaussian", "bernoulli", "categorical")
+        for activation, likelihood in [
+            *(("tanh", likelihood) for likelihood in ("gaussian", "bernoulli", "categorical")),
+            ("identity", "gaussian"),
+            ("relu", "categorical"),
+            ("sigmoid", "bernoulli"),
+            ("softplus", "gaussian"),
+            ("gelu", "categorical"),
+        ]
     },
     "MLP noise": MLP((4, 6, 3), activation="softplus", noise_covariance=NOISE),
     "one layer": MLP((4, 3), likelihood="categorical"),

@@ -280,6 +280,10 @@ CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "networks.Network.init": lambda b: deferred(NETWORKS["MLP"].init, 0, (b,), like=normal(0, 1)),
     "networks.Dense.rows": lambda b: deferred(nn.Dense(3, 2).rows, normal(0, b, 5, 3)),
     "networks.Conv2d.rows": lambda b: deferred(nn.Conv2d((4, 4, 2), 3, padding=1).rows, normal(0, b, 5, 4, 4, 2)),
+    "networks.Layer.backward": lambda b: deferred(
+        nn.Conv2d((4, 4, 2), 3, padding=1).backward, normal(0, b, 3, 19), normal(1, b, 5, 16, 3)
+    ),
+    "networks.Likelihood.residual": lambda b: deferred(nn.Bernoulli().residual, normal(0, b, 5, 3), np.ones((b, 5, 3))),
     "networks.Trace": lambda b: deferred(NETWORKS["MLP"].forward, *problem(b, "MLP")[1:3]),
     "networks.Gaussian": lambda b: deferred(nn.Gaussian, psd(b, 3)),
     "networks.Gaussian.sample": lambda b: deferred(nn.Gaussian(psd(b, 3)).sample, normal(0, b, 5, 3), 0),

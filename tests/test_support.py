@@ -164,6 +164,8 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "networks.Dense": (lambda w, x: nn.Dense(4, 5).forward(w, nn.Dense(4, 5).rows(x)), (PARAMS[0], X)),
     "networks.Conv2d": (lambda w, x: CONVNET.layers[0].forward(w, CONVNET.layers[0].rows(x)), (FILTERS[0], IMAGES)),
+    "networks.Layer": (lambda w, e: MLP.layers[1].backward(w, e[..., None, :]), (PARAMS[1], Y)),
+    "networks.Likelihood": (nn.Categorical().metric_root, (Y,)),
     "networks.Trace": on_params(MLP, lambda net, params, x, y: net.forward(params, x)),
     "networks.Gaussian": (lambda noise, x, y: nn.Gaussian(noise).residual(x, y), (NOISE, Y, 2 * Y)),
     "networks.Bernoulli": (nn.Bernoulli().loss, (Y, (Y > 0) + 0.0)),

@@ -81,7 +81,7 @@ def compare(
     shapes, others = ([layer.parameter_shape for layer in each._net.layers] for each in (exact, estimate))
     if shapes != others:
         raise ValueError(f"estimate must have parameters of shapes {shapes}, got {others}")
-    xp, depth = _arrays.namespace(exact._directions), len(shapes)
+    xp, depth = _arrays.namespace(exact._trace.output), len(shapes)
     errors: list[list[Array]] = []
     all_squares: Any = 0.0
     between: Any = 0.0

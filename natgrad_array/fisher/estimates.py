@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from natgrad_array import _arrays
-from natgrad_array._arrays import Array
+from natgrad_array._arrays import Array, Shape
 from natgrad_array.fisher.network import NetworkFisher
 from natgrad_array.fisher.roots import Root
 from natgrad_array.networks.network import Network, Params
@@ -38,18 +38,30 @@ class FisherEstimate(NetworkFisher):
 
     @_arrays.quiet
     def __init__(self, net: Network, params: Params, x: Array, errors: Callable[[Array], Array]) -> None:
-        self._start(net, params, x)
+        super().__init__(net, params, x)
         scores = errors(self._trace.output)
-        self._directions = scores * (self.n_samples * scores.shape[0]) ** -0.5
+        self._scores = scores * (self.n_samples * scores.shape[0]) ** -0.5
+
+    @property
+    def batch_shape(self) -> Shape:
+        """Batch shape of parameters, inputs, noise and targets together."""
+        return tuple(self._scores.shape[1:-2])
 
     @property
     def n_draws(self) -> int:
         """S."""
-        return int(self._directions.shape[0])
+        return int(self._scores.shape[0])
+
+    @property
+    def _n_directions(self) -> int:
+        return self.n_draws
+
+    def _directions(self, some: slice = slice(None)) -> Array:
+        return self._scores[some, ...]
 
     def _metric(self, v: Array) -> Array:
         xp = _arrays.namespace(v)
-        root = xp.moveaxis(self._directions, 0, -1)
+        root = xp.moveaxis(self._scores, 0, -1)
         return (root @ (root.mT @ v[..., None]))[..., 0]
 
     @_arrays.quiet
@@ -76,14 +88,14 @@ class FisherEstimate(NetworkFisher):
         draws = self.n_draws
         if draws < 2:
             raise ValueError(f"standard_error needs at least 2 draws of the targets, got {draws}")
-        root = self._root()
         if i is None and j is None:
-            left = right = root
+            shape = (draws, self.n_parameters, self.n_parameters)
         else:
-            left, right = root.layer(self._check_layer("i", i)), root.layer(self._check_layer("j", j))
-        self._check_fits(
-            "a matrix for each draw", draws * left.n_rows, right.n_rows, "ask for one block, or take fewer draws"
-        )
+            i, j = self._check_layer("i", i), self._check_layer("j", j)
+            shape = (draws, self._size(i), self._size(j))
+        self._check_fits("a matrix for each draw", shape, "ask for one block, or take fewer draws")
+        root = self._root()
+        left, right = (root, root) if i is None or j is None else (root.layer(i), root.layer(j))
         each = _by_draw(left) @ _by_draw(right).mT
         xp = _arrays.namespace(each)
         # A draw's own matrix is S times its part of the mean, which gives the factor S² / (S (S − 1)).

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from natgrad_array import _arrays, linalg
-from natgrad_array._arrays import Array, Shape
+from natgrad_array._arrays import Array, Namespace, Shape
 from natgrad_array.fisher.roots import Eigen, Root, eigen, join, split
 from natgrad_array.networks import passes
 from natgrad_array.networks.network import Network, Params
@@ -14,6 +15,9 @@ from natgrad_array.networks.passes import Trace
 
 if TYPE_CHECKING:
     from natgrad_array.fisher.compare import FisherComparison
+
+CHUNK_BYTES = 2**28
+"""How much memory the errors that are alive at once may take where they can be added up."""
 
 INVERSES = ("layerwise", "moore_penrose", "block_diagonal")
 
@@ -60,16 +64,7 @@ class NetworkFisher:
            [2., 1.]])
     """
 
-    # Directions of the outputs, (K, *batch, N, n_L): F is the sum over all of them.
-    _directions: Array
-
-    @_arrays.quiet
     def __init__(self, net: Network, params: Params, x: Array) -> None:
-        self._start(net, params, x)
-        root = self._net.likelihood.metric_root(self._trace.output)
-        self._directions = _arrays.namespace(root).moveaxis(root, -1, 0) * self.n_samples**-0.5
-
-    def _start(self, net: Network, params: Params, x: Array) -> None:
         if not isinstance(net, Network):
             raise TypeError(f"net must be a Network, got {_arrays.describe(net)}")
         self._trace: Trace = net.forward(params, x)
@@ -82,7 +77,9 @@ class NetworkFisher:
     @property
     def batch_shape(self) -> Shape:
         """Batch shape of parameters, inputs and noise together."""
-        return tuple(self._directions.shape[1:-2])
+        constants = self._net.likelihood._constants()
+        shapes = {name: tuple(array.shape[:-2]) for name, array in constants.items()}
+        return _arrays.broadcast_batch(shapes | {"the outputs": tuple(self._trace.output.shape[:-2])})
 
     @property
     def n_parameters(self) -> int:
@@ -124,10 +121,9 @@ class NetworkFisher:
                [6., 3.]])
         """
         i, j = self._check_layer("i", i), self._check_layer("j", j)
-        root = self._root()
-        left, right = root.layer(i), root.layer(j)
-        self._check_fits(f"block ({i}, {j})", left.n_rows, right.n_rows, "use F.matvec, which never forms it")
-        return left.dense() @ right.dense().mT
+        rows, columns = self._size(i), self._size(j)
+        self._check_fits(f"block ({i}, {j})", (rows, columns), "use F.matvec, which never forms it")
+        return self._root().layer(i).dense() @ self._root().layer(j).dense().mT
 
     @_arrays.quiet
     def to_dense(self) -> Array:
@@ -143,10 +139,11 @@ class NetworkFisher:
         ValueError
             If it would not fit in memory, before anything is allocated.
         """
-        size = self.n_parameters
-        self._check_fits("the dense Fisher matrix", size, size, "use F.matvec, which never forms it")
-        self._check_fits("its root", size, self._root().n_columns, "use F.matvec, which never forms it")
-        return _arrays.gram(_arrays.namespace(self._directions), self._root().dense().mT)
+        size, like = self.n_parameters, self._trace.output
+        self._check_fits("the dense Fisher matrix", (size, size), "use F.matvec, which never forms it")
+        columns = self.n_samples * self._n_directions
+        self._check_fits("the root of the Fisher matrix", (size, columns), "use F.matvec, or fewer samples")
+        return _arrays.gram(_arrays.namespace(like), self._root().dense().mT)
 
     @_arrays.quiet
     def matvec(self, tangent: Params, /) -> tuple[Array, ...]:
@@ -181,6 +178,17 @@ class NetworkFisher:
         outputs = passes.tangent(layers, self._params, trace, moved)
         deltas = passes.backward(layers, self._params, trace, self._metric(outputs))
         return passes.collect(trace.rows, deltas)
+
+    @property
+    def _n_directions(self) -> int:
+        """K, how many directions of the outputs F is a sum over."""
+        return self._net.n_outputs
+
+    def _directions(self, some: slice = slice(None)) -> Array:
+        """Directions of the outputs, (K, *batch, N, n_L), with the root of a sample's weight in the mean."""
+        output = self._trace.output
+        xp = _arrays.namespace(output)
+        return xp.moveaxis(self._net.likelihood._root_columns(xp, output, some), -1, 0) * self.n_samples**-0.5
 
     def _metric(self, v: Array) -> Array:
         """The outputs' Fisher information times a vector, as part of the mean over samples."""
@@ -219,13 +227,24 @@ class NetworkFisher:
         return self._remember("factors", self._layer_factors)
 
     def _layer_factors(self) -> tuple[tuple[Array, Array], ...]:
-        xp, pairs = _arrays.namespace(self._directions), []
-        for delta, rows in zip(self._root().deltas, self._root().rows, strict=True):
-            *batch, samples, directions, positions, n = delta.shape
-            inputs = xp.reshape(rows, (*rows.shape[:-3], samples * positions, rows.shape[-1]))
-            errors = xp.reshape(delta, (*batch, samples * directions * positions, n))
-            pairs.append((_arrays.gram(xp, inputs, samples), _arrays.gram(xp, errors, positions)))
-        return tuple(pairs)
+        """Both moments, with as many directions sent back at once as fit in a budget."""
+        layers, trace, total = self._net.layers, self._trace, self._n_directions
+        xp = _arrays.namespace(trace.output)
+        # While errors pass through a layer, a few arrays of their size are alive.
+        widest = 4 * max(layer.positions * layer.parameter_shape[0] for layer in layers)
+        one = math.prod(self.batch_shape) * self.n_samples * widest * xp.finfo(trace.output.dtype).bits // 8
+        count = max(1, CHUNK_BYTES // max(one, 1))
+        backward: list[Array] = []
+        for start in range(0, total, count):
+            some = self._directions(slice(start, min(start + count, total)))
+            deltas = passes.backward(layers, self._params, trace, some)
+            parts = [_arrays.gram(xp, _samples_last(xp, delta), delta.shape[-2]) for delta in deltas]
+            backward = [a + b for a, b in zip(backward, parts, strict=True)] if start else parts
+        forward = []
+        for rows in trace.rows:
+            *batch, samples, positions, n = rows.shape
+            forward.append(_arrays.gram(xp, xp.reshape(rows, (*batch, samples * positions, n)), samples))
+        return tuple(zip(forward, backward, strict=True))
 
     # -------------------------------------------------------------------------- inverses
 
@@ -289,10 +308,11 @@ class NetworkFisher:
                 linalg.precondition(g, backward, forward, damping=damping, rtol=rtol) / len(given)
                 for g, (forward, backward) in zip(given, self.layer_factors(), strict=True)
             )
-        xp, batch = _arrays.namespace(self._directions), self.batch_shape
+        like, batch = self._trace.output, self.batch_shape
+        xp = _arrays.namespace(like)
         if rtol is not None:
-            rtol = _arrays.check_nonnegative("rtol", rtol, xp, self._directions, batch=batch)
-        damping = _arrays.check_nonnegative("damping", damping, xp, self._directions, batch=batch, core_ndim=1)
+            rtol = _arrays.check_nonnegative("rtol", rtol, xp, like, batch=batch)
+        damping = _arrays.check_nonnegative("damping", damping, xp, like, batch=batch, core_ndim=1)
         if inverse == "moore_penrose":
             return self._eigen(None, rtol).solve(self._root(), given, damping)
         return tuple(self._eigen(i, rtol).solve(self._root().layer(i), (g,), damping)[0] for i, g in enumerate(given))
@@ -317,9 +337,10 @@ class NetworkFisher:
         TypeError, ValueError
             If `rtol` is negative, or the matrix to decompose would not fit.
         """
-        xp = _arrays.namespace(self._directions)
+        like = self._trace.output
+        xp = _arrays.namespace(like)
         if rtol is not None:
-            rtol = _arrays.check_nonnegative("rtol", rtol, xp, self._directions, batch=self.batch_shape)
+            rtol = _arrays.check_nonnegative("rtol", rtol, xp, like, batch=self.batch_shape)
         found = self._eigen(None, rtol)
         counted = xp.astype(found.kept, found.values.dtype)
         return xp.sum(xp.where(xp.isnan(found.values), xp.nan, counted), axis=-1)
@@ -420,8 +441,13 @@ class NetworkFisher:
         """C: errors of all directions sent back at once."""
 
         def compute() -> Root:
-            xp = _arrays.namespace(self._directions)
-            deltas = passes.backward(self._net.layers, self._params, self._trace, self._directions)
+            xp, layers = _arrays.namespace(self._trace.output), self._net.layers
+            units = sum(layer.positions * layer.parameter_shape[0] for layer in layers)
+            size = (self._n_directions, self.n_samples, units)
+            self._check_fits(
+                "the errors of all directions", size, "use F.matvec, inverse 'layerwise', or fewer samples"
+            )
+            deltas = passes.backward(layers, self._params, self._trace, self._directions())
             return Root(tuple(xp.moveaxis(delta, 0, -3) for delta in deltas), self._trace.rows)
 
         return self._remember("root", compute)
@@ -437,9 +463,13 @@ class NetworkFisher:
     def _check_tangent(self, name: str, tangent: Params) -> tuple[Array, ...]:
         return self._net.check_tangent(name, tangent, self._trace.output)
 
-    def _check_fits(self, what: str, rows: int, columns: int, instead: str) -> None:
-        like = self._directions
-        _arrays.check_fits(what, (*self.batch_shape, rows, columns), _arrays.namespace(like), like, instead)
+    def _size(self, i: int) -> int:
+        """How many parameters a layer has."""
+        return math.prod(self._net.layers[i].parameter_shape)
+
+    def _check_fits(self, what: str, core: Shape, instead: str) -> None:
+        like = self._trace.output
+        _arrays.check_fits(what, (*self.batch_shape, *core), _arrays.namespace(like), like, instead)
 
     def _check_layer(self, name: str, index: Any) -> int:
         depth = len(self._net.layers)
@@ -456,6 +486,13 @@ class NetworkFisher:
             self._memory[key] = value
         result: T = self._memory[key]
         return result
+
+
+def _samples_last(xp: Namespace, delta: Array) -> Array:
+    """Errors (K, *batch, N, T, n) as the rows of matrices, (*batch, N · K · T, n)."""
+    turned = xp.moveaxis(delta, 0, -3)
+    *batch, samples, directions, positions, n = turned.shape
+    return xp.reshape(turned, (*batch, samples * directions * positions, n))
 
 
 def _any_lazy(value: Any) -> bool:

@@ -4,9 +4,10 @@ Parameters are a tuple of matrices, first layer first, each of shape (*batch, n_
 with the bias as last column. Methods broadcast over the batch axes of parameters and data.
 """
 
-from natgrad_array.networks.layers import Conv2d, Dense
-from natgrad_array.networks.likelihoods import Bernoulli, Categorical, Gaussian
-from natgrad_array.networks.network import MLP, ConvNet, Network
+from natgrad_array.networks.common import MLP, ConvNet
+from natgrad_array.networks.layers import Conv2d, Dense, Layer
+from natgrad_array.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from natgrad_array.networks.network import Network
 from natgrad_array.networks.passes import Trace
 
 __all__ = [  # noqa: RUF022 - in the order of sorted, like all others
@@ -16,6 +17,8 @@ __all__ = [  # noqa: RUF022 - in the order of sorted, like all others
     "ConvNet",
     "Dense",
     "Gaussian",
+    "Layer",
+    "Likelihood",
     "MLP",
     "Network",
     "Trace",

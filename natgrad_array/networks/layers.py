@@ -22,8 +22,31 @@ from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace, Shape
 
 
-class _Affine:
-    """What dense and convolutional layers share: all but how rows are made and folded back."""
+class Layer:
+    """A layer whose outputs are a matrix times homogeneous inputs: what `Dense` and `Conv2d` share.
+
+    Attributes
+    ----------
+    input_shape : tuple of int
+        Axes of one sample that comes in.
+    output_shape : tuple of int
+        Axes of one sample that goes out.
+    positions : int
+        T, how many rows a sample gives: 1 for a dense layer.
+    parameter_shape : tuple of 2 int
+        (n_out, n_in + 1), the shape of W with the bias in its last column.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> layer = ng.networks.Dense(2, 1)
+    >>> rows = layer.rows(np.asarray([[3.0, 4.0]]))
+    >>> rows
+    array([[[3., 4., 1.]]])
+    >>> layer.forward(np.asarray([[1.0, 1.0, 0.5]]), rows)
+    array([[7.5]])
+    """
 
     @property
     def input_shape(self) -> Shape:
@@ -133,7 +156,7 @@ class _Affine:
 
 
 @dataclass(frozen=True)
-class Dense(_Affine):
+class Dense(Layer):
     """A layer in which every input reaches every output.
 
     Parameters
@@ -184,7 +207,7 @@ class Dense(_Affine):
 
 
 @dataclass(frozen=True)
-class Conv2d(_Affine):
+class Conv2d(Layer):
     """A convolution of images with channels last, as a matrix product with their patches.
 
     As in other libraries it is a cross-correlation: the kernel is not flipped.

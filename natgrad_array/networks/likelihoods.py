@@ -16,7 +16,27 @@ from natgrad_array.networks import activations
 
 
 class Likelihood:
-    """What all likelihoods share: checks, and the mean over samples."""
+    """The distribution of targets given a network's outputs: what the three likelihoods share.
+
+    Attributes
+    ----------
+    name : str
+        The name that a network is given it by.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> likelihood = ng.networks.Categorical()
+    >>> logits = np.asarray([[0.0, 0.0], [2.0, 0.0]])
+    >>> y = likelihood.sample(logits, 0, draws=(1000,))
+    >>> y.shape
+    (1000, 2)
+    >>> root = likelihood.metric_root(logits)
+    >>> (root @ root.mT)[0]
+    array([[ 0.25, -0.25],
+           [-0.25,  0.25]])
+    """
 
     name: ClassVar[str]
 
@@ -114,7 +134,7 @@ class Likelihood:
         TypeError, ValueError
             If `outputs` are not floating, or have the wrong number of columns.
         """
-        return self._metric_root(self._check_outputs(outputs), outputs)
+        return self._root_columns(self._check_outputs(outputs), outputs, slice(None))
 
     @_arrays.quiet
     def sample(self, outputs: Array, rng: Any, /, *, draws: Shape = ()) -> Array:
@@ -154,7 +174,8 @@ class Likelihood:
     def _metric(self, outputs: Array, v: Array, /) -> Array:
         raise NotImplementedError("a likelihood says what its metric is")
 
-    def _metric_root(self, xp: Namespace, outputs: Array) -> Array:
+    def _root_columns(self, xp: Namespace, outputs: Array, columns: slice) -> Array:
+        """Some of the columns of the root: all of them at once can be too many."""
         raise NotImplementedError("a likelihood says what its metric is")
 
     def _sample(self, xp: Namespace, outputs: Array, rng: Any, draws: Shape) -> Array:
@@ -314,9 +335,9 @@ class Gaussian(Likelihood):
     def _metric(self, _: Array, v: Array, /) -> Array:
         return v if self._whitener is None else linalg.matmul(self._whiten(v), self._whitener)
 
-    def _metric_root(self, xp: Namespace, outputs: Array) -> Array:
+    def _root_columns(self, xp: Namespace, outputs: Array, columns: slice) -> Array:
         root = _arrays.eye(xp, outputs.shape[-1], outputs) if self._whitener is None else self._whitener.mT
-        return xp.zeros_like(outputs)[..., None] + root[..., None, :, :]
+        return xp.zeros_like(outputs)[..., None] + root[..., None, :, columns]
 
     def _sample(self, xp: Namespace, outputs: Array, rng: Any, draws: Shape) -> Array:
         if self._root is None:
@@ -371,9 +392,9 @@ class Bernoulli(Likelihood):
         xp = _arrays.namespace(outputs)
         return activations.sigmoid_slope(xp, outputs) * v
 
-    def _metric_root(self, xp: Namespace, outputs: Array) -> Array:
+    def _root_columns(self, xp: Namespace, outputs: Array, columns: slice) -> Array:
         scale = xp.sqrt(activations.sigmoid_slope(xp, outputs))
-        return scale[..., None] * _arrays.eye(xp, outputs.shape[-1], outputs)
+        return scale[..., None] * _arrays.eye(xp, outputs.shape[-1], outputs)[:, columns]
 
     def _sample(self, xp: Namespace, outputs: Array, rng: Any, draws: Shape) -> Array:
         # An Exp(1) variable is above −log p with probability p.
@@ -438,11 +459,11 @@ class Categorical(Likelihood):
         p = _softmax(xp, outputs)
         return p * (v - xp.sum(p * v, axis=-1, keepdims=True))
 
-    def _metric_root(self, xp: Namespace, outputs: Array) -> Array:
+    def _root_columns(self, xp: Namespace, outputs: Array, columns: slice) -> Array:
         p = _softmax(xp, outputs)
         root = xp.sqrt(p)
-        eye = _arrays.eye(xp, outputs.shape[-1], outputs)
-        return root[..., None] * eye - p[..., :, None] * root[..., None, :]
+        eye = _arrays.eye(xp, outputs.shape[-1], outputs)[:, columns]
+        return root[..., None] * eye - p[..., :, None] * root[..., None, columns]
 
     def _sample(self, xp: Namespace, outputs: Array, rng: Any, draws: Shape) -> Array:
         # The first of exponential clocks with rates exp(f) to ring, in logarithms.

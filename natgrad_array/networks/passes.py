@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.networks.activations import ACTIVATIONS
-from natgrad_array.networks.layers import Conv2d, Dense
-
-Layer = Dense | Conv2d
+from natgrad_array.networks.layers import Layer
 
 
 class Trace(NamedTuple):
