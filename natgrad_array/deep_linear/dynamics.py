@@ -56,9 +56,9 @@ def natural_gradient_flow(end_to_end: Array, task: GaussianTask, time: float | A
     _arrays.check_core("end_to_end", end_to_end, (task.n_outputs, task.n_inputs), "(outputs, inputs) of the task")
     time = _arrays.check_nonnegative("time", time, xp, end_to_end, core_ndim=2)
     factors = task.factors
-    error = factors.target - factors.noise_root_inverse @ end_to_end @ factors.input_root
+    error = factors.target - factors.whiten(end_to_end @ factors.input_root)
     moved = math.expm1(-time) if isinstance(time, float) else xp.expm1(-time)
-    return end_to_end - moved * (factors.noise_root @ error @ factors.input_root_pinv)
+    return end_to_end - moved * factors.unwhiten(error @ factors.input_root_pinv)
 
 
 @_arrays.quiet

@@ -22,16 +22,31 @@ class TaskFactors(NamedTuple):
     """S⁺, (*batch, ρ, n_0)."""
     input_basis: Array
     """V, (*batch, n_0, ρ): the eigenvectors of Σ behind the columns of S."""
-    noise_root: Array
-    """R, (*batch, n_L, n_L), with Σ̃ = R Rᵀ and RᵀR diagonal."""
-    noise_root_inverse: Array
-    """R⁻¹, (*batch, n_L, n_L)."""
+    noise_root: Array | None
+    """R, (*batch, n_L, n_L), with Σ̃ = R Rᵀ and RᵀR diagonal; None where it is seen to be the identity."""
+    noise_root_inverse: Array | None
+    """R⁻¹, (*batch, n_L, n_L), or None."""
     target: Array
     """The whitened target R⁻¹ M S⁺ᵀ = R⁻¹ W* S, (*batch, n_L, ρ)."""
     optimum: Array
     """W*, (*batch, n_L, n_0)."""
     minimum_loss: Array
     """Loss at the optimum, (*batch,)."""
+
+    def whiten(self, y: Array) -> Array:
+        """R⁻¹ y."""
+        return y if self.noise_root_inverse is None else self.noise_root_inverse @ y
+
+    def unwhiten(self, y: Array) -> Array:
+        """R y."""
+        return y if self.noise_root is None else self.noise_root @ y
+
+    def noise_roots(self, xp: Namespace) -> tuple[Array, Array]:
+        """R and R⁻¹, written out."""
+        if self.noise_root is None or self.noise_root_inverse is None:
+            identity = _arrays.eye(xp, self.target.shape[-2], self.target)
+            return identity, identity
+        return self.noise_root, self.noise_root_inverse
 
 
 class GaussianTask:
@@ -402,12 +417,16 @@ def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Arra
         reject(name, asymmetry > precision**0.5 * largest, "be symmetric")
         moments[name] = linalg.symmetric_part(moments[name])
 
-    noise, noise_basis, kept = linalg.eigh_kept(xp, moments["noise_covariance"], None)
-    positive = kept & (noise > 0.0)
-    reject("noise_covariance", xp.any(~positive & ~xp.isnan(noise), axis=-1), "be positive definite")
-    deviation = xp.sqrt(xp.where(xp.all(positive, axis=-1, keepdims=True), noise, xp.nan))
-    root = noise_basis * deviation[..., None, :]
-    root_inverse = (noise_basis / deviation[..., None, :]).mT
+    covariance = moments["noise_covariance"]
+    root = root_inverse = None
+    # Most tasks have unit noise, and every product with its root costs as much as one with a layer.
+    if lazy or _arrays.eager_any(xp, covariance != _arrays.eye(xp, covariance.shape[-1], covariance)):
+        noise, noise_basis, kept = linalg.eigh_kept(xp, covariance, None)
+        positive = kept & (noise > 0.0)
+        reject("noise_covariance", xp.any(~positive & ~xp.isnan(noise), axis=-1), "be positive definite")
+        deviation = xp.sqrt(xp.where(xp.all(positive, axis=-1, keepdims=True), noise, xp.nan))
+        root = noise_basis * deviation[..., None, :]
+        root_inverse = (noise_basis / deviation[..., None, :]).mT
 
     power, basis, kept = linalg.eigh_kept(xp, moments["input_moment"], None)
     n_in = power.shape[-1]
@@ -431,8 +450,10 @@ def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Arra
         bound = xp.linalg.trace(moments["output_moment"]) * xp.linalg.trace(moments["input_moment"])
         excess = xp.max(xp.abs(outside), axis=(-2, -1)) ** 2 > 10 * n_in * precision * xp.abs(bound)
         reject("cross_moment", excess, "have its rows in the range of input_moment")
-    target = root_inverse @ moments["cross_moment"] @ input_root_pinv.mT
-    residual = root_inverse @ moments["output_moment"] @ root_inverse.mT - target @ target.mT
+    target, output = moments["cross_moment"] @ input_root_pinv.mT, moments["output_moment"]
+    if root_inverse is not None:
+        target, output = root_inverse @ target, root_inverse @ output @ root_inverse.mT
+    residual = output - target @ target.mT
     if not lazy:
         floor = xp.min(linalg.eigh(xp, linalg.symmetric_part(residual))[0], axis=-1)
         size = xp.linalg.trace(residual + 2.0 * target @ target.mT)
@@ -441,8 +462,8 @@ def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Arra
         bad = xp.isnan(moments["output_moment"][..., 0, 0])
         if bad.ndim and _arrays.eager_any(xp, bad):
             target = xp.where(bad[..., None, None], xp.nan, target)
-    minimum_loss = 0.5 * xp.linalg.trace(root_inverse @ moments["output_moment"] @ root_inverse.mT - target @ target.mT)
-    optimum = root @ target @ input_root_pinv
+    minimum_loss = 0.5 * xp.linalg.trace(output - target @ target.mT)
+    optimum = (target if root is None else root @ target) @ input_root_pinv
     return moments, TaskFactors(input_root, input_root_pinv, live, root, root_inverse, target, optimum, minimum_loss)
 
 
