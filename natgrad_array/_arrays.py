@@ -69,6 +69,8 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional:
         If the arrays live on different devices.
     """
     given = {name: array for name, array in arrays.items() if array is not None or name not in optional}
+    if (xp := _one_kind_of_numpy(given)) is not None:
+        return xp
     for name, array in given.items():
         if not compat.is_array_api_obj(array):
             raise TypeError(
@@ -92,6 +94,21 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional:
     _require_equal(floating, lambda array: array.dtype, "dtype", TypeError, "convert with astype")
     _require_equal(given, device, "device", ValueError, "move with to_device")
     return xp
+
+
+_NUMPY = compat.array_namespace(np.empty(0))
+_FLOATING = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _one_kind_of_numpy(arrays: Mapping[str, Any]) -> Namespace | None:
+    """NumPy's namespace if all are NumPy arrays of one accepted dtype, which passes every check there is.
+
+    With one small network checks would take longer than the work.
+    """
+    if {type(array) for array in arrays.values()} != {np.ndarray}:
+        return None
+    dtypes = {array.dtype for array in arrays.values()}
+    return _NUMPY if len(dtypes) == 1 and dtypes.pop() in _FLOATING else None
 
 
 @functools.cache
@@ -702,6 +719,21 @@ BLAS_THREADS_FROM = 64
 """OpenBLAS gives products of larger matrices threads of its own."""
 
 
+def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> bool:
+    """Whether `in_pieces` makes more than one piece."""
+    if not is_numpy(arrays[0]):
+        return False
+    largest = max(side for core in cores for side in core)
+    if not 16 <= largest <= BLAS_THREADS_FROM:
+        return False
+    batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
+    return max(batch, default=1) > 1 and math.prod(batch) * _member_bytes(arrays, cores) > PIECE_BYTES
+
+
+def _member_bytes(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
+    return int(max(math.prod(core) for core in cores) * arrays[0].dtype.itemsize)
+
+
 def in_pieces(
     function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], cores: Sequence[Shape]
 ) -> tuple[Array, ...]:
@@ -721,15 +753,11 @@ def in_pieces(
     cores : sequence of tuple of int
         The core shapes of what `function` returns.
     """
-    largest = max(side for core in cores for side in core)
-    if not is_numpy(arrays[0]) or not 16 <= largest <= BLAS_THREADS_FROM:
+    if not pays_in_pieces(arrays, cores):
         return function(*arrays)
     batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
-    member = max(math.prod(core) for core in cores) * arrays[0].dtype.itemsize
-    length = max(batch, default=1)
-    count = min(length, -(-math.prod(batch) * member // PIECE_BYTES))
-    if count < 2:
-        return function(*arrays)
+    length = max(batch)
+    count = min(length, -(-math.prod(batch) * _member_bytes(arrays, cores) // PIECE_BYTES))
     threads = min(usable_threads(), count)
     count = min(length, -(-count // threads) * threads)
     axis = batch.index(length) - len(batch) - 2

@@ -22,51 +22,71 @@ Directions = tuple[Array, ...]
 Rung = Callable[[Namespace, tuple[Array, ...], TaskFactors, float], tuple[Directions, Array]]
 
 
-
 def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Directions:
     """`scale` times E_i^{+T} R⁻¹(W − W*)S X_i⁺ for every layer."""
-    depth = len(layers)
-    if depth == 1:
+    if len(layers) == 1:
         return _by_duals(xp, layers, factors, scale)[0]
-    given = factors._asdict()
-    names = [name for name, value in given.items() if value is not None and name != "minimum_loss"]
-    stacks = (*layers, *(given[name] for name in names))
-
-    def on_stacks(rung: Rung) -> Callable[..., tuple[Array, ...]]:
-        """A rung as a function of stacks of matrices, with the flags as the last of them."""
-
-        def run(*arrays: Array) -> tuple[Array, ...]:
-            matrices: dict[str, Any] = dict(zip(names, arrays[depth:], strict=True))
-            found, certified = rung(xp, arrays[:depth], factors._replace(**matrices), scale)
-            batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
-            if tuple(certified.shape) != batch:
-                certified = xp.broadcast_to(certified, batch)
-            return (*found, certified[..., None, None])
-
-        return run
-
-    is_square = square.is_square(layers, factors)
-    fast = [square.by_one_inverse, square.by_layer_inverses] if is_square else [_by_gram_matrices]
-    rungs = [on_stacks(rung) for rung in (*fast, _by_duals)]
-    cores = [tuple(layer.shape[-2:]) for layer in layers]
-
-    def down_from(first: int) -> Directions:
-        return _arrays.in_pieces(lambda *arrays: _descend(xp, arrays, rungs[first:]), stacks, cores)
-
-    if not is_square:
-        return down_from(0)
+    if not square.is_square(layers, factors):
+        return _in_pieces(xp, layers, factors, scale, [_by_gram_matrices, _by_duals])
+    rungs: list[Rung] = [square.by_one_inverse, square.by_layer_inverses, _by_duals]
     found: Directions = _arrays.branch(
-        square.one_inverse_serves(xp, layers), lambda: down_from(0), lambda: down_from(1)
+        square.one_inverse_serves(xp, layers),
+        lambda: _in_pieces(xp, layers, factors, scale, rungs),
+        lambda: _in_pieces(xp, layers, factors, scale, rungs[1:]),
     )
     return found
 
 
-def _descend(xp: Namespace, stacks: tuple[Array, ...], rungs: list[Callable[..., tuple[Array, ...]]]) -> Directions:
+def _in_pieces(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, rungs: list[Rung]
+) -> Directions:
+    """Descend with pieces of a stack that is large."""
+    cores = [tuple(layer.shape[-2:]) for layer in layers]
+    if not _arrays.pays_in_pieces(layers, cores):
+        return _descend(xp, layers, factors, scale, rungs)
+    stacks, restore = _as_stacks(layers, factors)
+    return _arrays.in_pieces(lambda *arrays: _descend(xp, *restore(arrays), scale, rungs), stacks, cores)
+
+
+def _descend(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, rungs: list[Rung]
+) -> Directions:
     """Take all members down the first rung, and those without a certificate down the next ones."""
-    found = rungs[0](*stacks)
+    found, certified = rungs[0](xp, layers, factors, scale)
+    if len(rungs) == 1 or _arrays.eager_any(xp, ~certified) is False:
+        return found
+    stacks, restore = _as_stacks(layers, factors)
+    batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
+
+    def run(rung: Rung) -> Callable[..., tuple[Array, ...]]:
+        """A rung as a function of stacks of matrices, with the flags as the last of them."""
+
+        def on_stacks(*arrays: Array) -> tuple[Array, ...]:
+            found, certified = rung(xp, *restore(arrays), scale)
+            members = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
+            return (*found, xp.broadcast_to(certified, members)[..., None, None])
+
+        return on_stacks
+
+    kept = (*found, xp.broadcast_to(certified, batch)[..., None, None])
     for rung in rungs[1:]:
-        found = _arrays.repair(xp, ~found[-1][..., 0, 0], found, stacks, rung)
-    return found[:-1]
+        kept = _arrays.repair(xp, ~kept[-1][..., 0, 0], kept, stacks, run(rung))
+    return kept[:-1]
+
+
+def _as_stacks(
+    layers: tuple[Array, ...], factors: TaskFactors
+) -> tuple[tuple[Array, ...], Callable[[tuple[Array, ...]], tuple[tuple[Array, ...], TaskFactors]]]:
+    """The matrices of a network and its task side by side, and a function that takes them apart again."""
+    given = factors._asdict()
+    names = [name for name, value in given.items() if value is not None and name != "minimum_loss"]
+    depth = len(layers)
+
+    def restore(arrays: tuple[Array, ...]) -> tuple[tuple[Array, ...], TaskFactors]:
+        matrices: dict[str, Any] = dict(zip(names, arrays[depth:], strict=True))
+        return arrays[:depth], factors._replace(**matrices)
+
+    return (*layers, *(given[name] for name in names)), restore
 
 
 # ----------------------------------------------------------------------------- other networks
