@@ -96,7 +96,6 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional:
     return xp
 
 
-_NUMPY = compat.array_namespace(np.empty(0))
 _FLOATING = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -108,7 +107,9 @@ def _one_kind_of_numpy(arrays: Mapping[str, Any]) -> Namespace | None:
     if {type(array) for array in arrays.values()} != {np.ndarray}:
         return None
     dtypes = {array.dtype for array in arrays.values()}
-    return _NUMPY if len(dtypes) == 1 and dtypes.pop() in _FLOATING else None
+    if len(dtypes) != 1 or dtypes.pop() not in _FLOATING:
+        return None
+    return namespace(next(iter(arrays.values())))
 
 
 @functools.cache
