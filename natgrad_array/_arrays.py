@@ -228,13 +228,14 @@ def check_nonnegative(
     ValueError
         If it is a negative or NaN Python number, or of a shape that does not broadcast.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        # NumPy's scalars too: a number has no library and no dtype to agree with.
         if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
         return float(value)
     if not compat.is_array_api_obj(value):
         raise TypeError(f"{name} must be a number or an array of shape (*batch,), got {describe(value)}")
-    check_arrays({name: value, "the other arrays": like})
+    check_arrays({"the other arrays": like, name: value})
     if batch is not None:
         try:
             fits = np.broadcast_shapes(tuple(value.shape), batch) == batch

@@ -130,6 +130,15 @@ def test_unit_noise_and_noise_that_only_looks_like_it_give_the_same(sizes: tuple
         assert_members(found, weights, (sigma, identity, cross, output), 1e-10)
 
 
+def test_unit_noises_of_a_batch_keep_its_shape() -> None:
+    task = ng.GaussianTask(
+        *(np.broadcast_to(a, (5, 2, 2)) if i == 1 else a for i, a in enumerate((np.eye(2),) * 3)), 3 * np.eye(2)
+    )
+    weights = (2 * np.eye(2), np.eye(2))
+    assert dl.excess_loss(weights, task).shape == (5,)
+    assert all(q.shape == (5, 2, 2) for q, _ in dl.projections(weights, task))
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_duals_are_transposed_pseudo_inverses(sizes: tuple[int, ...]) -> None:
     weights, task = network(sizes), ng.GaussianTask(*moments(sizes[0], sizes[-1]))
