@@ -181,7 +181,8 @@ def check(options: argparse.Namespace, scratch: Path) -> int:
 
     compare(library, "float32", ROWS, LIMITS["compare"])
     which = "numpy and not readonly" if options.rehearse else "cupy"
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, *options.tests]
+    # One process: several would share one GPU's memory.
+    command = [python, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", which, *options.tests]
     # What comes after must have its time too.
     run.stage("tests", command, out / "tests.txt", min(LIMITS["tests"], run.left - LIMITS["compare"]))
     compare(library, "float64", ROWS, min(LIMITS["compare"], run.left - 15.0))

@@ -69,6 +69,8 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional:
         If the arrays live on different devices.
     """
     given = {name: array for name, array in arrays.items() if array is not None or name not in optional}
+    if (xp := _one_kind_of_numpy(given)) is not None:
+        return xp
     for name, array in given.items():
         if not compat.is_array_api_obj(array):
             raise TypeError(
@@ -92,6 +94,22 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional:
     _require_equal(floating, lambda array: array.dtype, "dtype", TypeError, "convert with astype")
     _require_equal(given, device, "device", ValueError, "move with to_device")
     return xp
+
+
+_FLOATING = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _one_kind_of_numpy(arrays: Mapping[str, Any]) -> Namespace | None:
+    """NumPy's namespace if all are NumPy arrays of one accepted dtype, which passes every check there is.
+
+    With one small network checks would take longer than the work.
+    """
+    if {type(array) for array in arrays.values()} != {np.ndarray}:
+        return None
+    dtypes = {array.dtype for array in arrays.values()}
+    if len(dtypes) != 1 or dtypes.pop() not in _FLOATING:
+        return None
+    return namespace(next(iter(arrays.values())))
 
 
 @functools.cache
@@ -210,13 +228,14 @@ def check_nonnegative(
     ValueError
         If it is a negative or NaN Python number, or of a shape that does not broadcast.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        # NumPy's scalars too: a number has no library and no dtype to agree with.
         if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
         return float(value)
     if not compat.is_array_api_obj(value):
         raise TypeError(f"{name} must be a number or an array of shape (*batch,), got {describe(value)}")
-    check_arrays({name: value, "the other arrays": like})
+    check_arrays({"the other arrays": like, name: value})
     if batch is not None:
         try:
             fits = np.broadcast_shapes(tuple(value.shape), batch) == batch
@@ -702,6 +721,21 @@ BLAS_THREADS_FROM = 64
 """OpenBLAS gives products of larger matrices threads of its own."""
 
 
+def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> bool:
+    """Whether `in_pieces` makes more than one piece."""
+    if not is_numpy(arrays[0]):
+        return False
+    largest = max(side for core in cores for side in core)
+    if not 16 <= largest <= BLAS_THREADS_FROM:
+        return False
+    batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
+    return max(batch, default=1) > 1 and math.prod(batch) * _member_bytes(arrays, cores) > PIECE_BYTES
+
+
+def _member_bytes(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
+    return int(max(math.prod(core) for core in cores) * arrays[0].dtype.itemsize)
+
+
 def in_pieces(
     function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], cores: Sequence[Shape]
 ) -> tuple[Array, ...]:
@@ -721,15 +755,11 @@ def in_pieces(
     cores : sequence of tuple of int
         The core shapes of what `function` returns.
     """
-    largest = max(side for core in cores for side in core)
-    if not is_numpy(arrays[0]) or not 16 <= largest <= BLAS_THREADS_FROM:
+    if not pays_in_pieces(arrays, cores):
         return function(*arrays)
     batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
-    member = max(math.prod(core) for core in cores) * arrays[0].dtype.itemsize
-    length = max(batch, default=1)
-    count = min(length, -(-math.prod(batch) * member // PIECE_BYTES))
-    if count < 2:
-        return function(*arrays)
+    length = max(batch)
+    count = min(length, -(-math.prod(batch) * _member_bytes(arrays, cores) // PIECE_BYTES))
     threads = min(usable_threads(), count)
     count = min(length, -(-count // threads) * threads)
     axis = batch.index(length) - len(batch) - 2

@@ -445,3 +445,11 @@ def test_mixed_libraries():
         dl.gradient_flow_modes(ONE, JAX.asarray(TWO), 1.0, depth=2)
     with pytest.raises(TypeError, match="one library"):
         dl.natural_gradient_flow(JAX.asarray(EYE), TASK, 1.0)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 7])
+def test_modes_at_infinite_time_are_at_their_fixed_points(depth: int) -> None:
+    """Nothing grows from zero beyond one layer, where zero is a fixed point; all else ends at the target."""
+    initial, target = np.asarray([0.1, 0.0, 2.0, 0.0, 3.0]), np.asarray([1.0, 1.0, 1.0, 0.0, 0.0])
+    ends = np.where((initial == 0.0) & (depth > 1), 0.0, target)
+    np.testing.assert_allclose(dl.gradient_flow_modes(initial, target, np.inf, depth=depth), ends, atol=1e-15)

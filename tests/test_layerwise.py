@@ -93,10 +93,10 @@ def assert_members(actual: Any, weights: tuple[np.ndarray, ...], given: tuple[np
         ((5,), ["root"], [0]),
         ((4, 4, 4), ["root", "layer", "layer"], [0, 0, 1]),
         ((8, 6, 4), ["root", "whole", "whole"], [0, 1, 2]),
-        ((4, 6, 8), ["root", "whole", "whole"], [0, 1, 2]),
+        ((4, 6, 8), ["root", "split", "split"], [0, 0, 0]),
         ((8, 3, 6, 8), ["root", "whole", "split", "split"], [0, 1, 1, 1]),
         ((8, 3, 6, 3, 8), ["root", "whole", "split", "whole", "split"], [0, 1, 1, 3, 3]),
-        ((4, 9, 4), ["root", "whole", "whole"], [0, 1, 2]),
+        ((4, 9, 4, 5), ["root", "split", "split", "split"], [0, 0, 0, 2]),
         ((8, 3, 3, 5), ["root", "whole", "layer", "split"], [0, 1, 1, 2]),
     ],
     ids=str,
@@ -105,6 +105,38 @@ def test_routes(widths: tuple[int, ...], kinds: list[str], starts: list[int]) ->
     found = routes(widths)
     assert [route.kind for route in found] == kinds
     assert [route.start for route in found] == starts
+
+
+def test_a_root_with_fewer_columns_than_rows_is_not_split_at() -> None:
+    found = routes((4, 4, 9, 4, 5), root_is_square=False)
+    assert [route.kind for route in found] == ["root", "whole", "split", "split", "split"]
+    assert [route.start for route in found] == [0, 1, 1, 1, 3]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_unit_noise_and_noise_that_only_looks_like_it_give_the_same(sizes: tuple[int, ...], rank: int | None) -> None:
+    """Unit noise is left out of products; noise a last digit away from it is not."""
+    weights, (sigma, _, cross, output) = network(sizes), moments(sizes[0], sizes[-1], rank=rank)
+    identity = np.eye(sizes[-1])
+    nearly = identity * (1.0 + np.finfo(np.float64).eps)
+    unit, other = (ng.GaussianTask(sigma, noise, cross, output) for noise in (identity, nearly))
+    assert unit.factors.noise_root is None
+    assert other.factors.noise_root is not None
+    found = dl.natural_gradient(weights, unit)
+    for a, b in zip(found, dl.natural_gradient(weights, other), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-11 * np.linalg.norm(b)
+    if rank is None:
+        assert_members(found, weights, (sigma, identity, cross, output), 1e-10)
+
+
+def test_unit_noises_of_a_batch_keep_its_shape() -> None:
+    task = ng.GaussianTask(
+        *(np.broadcast_to(a, (5, 2, 2)) if i == 1 else a for i, a in enumerate((np.eye(2),) * 3)), 3 * np.eye(2)
+    )
+    weights = (2 * np.eye(2), np.eye(2))
+    assert dl.excess_loss(weights, task).shape == (5,)
+    assert all(q.shape == (5, 2, 2) for q, _ in dl.projections(weights, task))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -290,6 +322,6 @@ def test_a_square_layer_is_inverted_once_for_both_sides(monkeypatch: pytest.Monk
     calls = []
     inverse = linalg.inverse
     monkeypatch.setattr(linalg, "inverse", lambda xp, a: calls.append(a) or inverse(xp, a))
-    left, right, _ = chains(xp, weights, task.factors, products(weights, task.factors))
+    left, right = chains(xp, weights, task.factors)
     left.duals(), right.duals()
     assert len(calls) == 3

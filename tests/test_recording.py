@@ -326,8 +326,15 @@ CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {
 }
 
 
-#: These read shapes, or what was computed when the object was made.
-NO_CALLS = {"GaussianTask.optimum", "GaussianTask.minimum_loss", "deep_linear.regime"}
+#: These read shapes, or what was computed when the object was made, or work by operators alone.
+NO_CALLS = {
+    "GaussianTask.optimum",
+    "GaussianTask.minimum_loss",
+    "deep_linear.end_to_end",
+    "deep_linear.end_to_end_velocity",
+    "deep_linear.natural_gradient_flow",
+    "deep_linear.regime",
+}
 
 
 def cupy_namespace() -> ModuleType:

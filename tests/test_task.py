@@ -536,6 +536,8 @@ def test_jax_tree():
     task = ng.GaussianTask(*arrays)
     leaves, tree = jax.tree_util.tree_flatten(task)
     assert len(leaves) == 4 + len(task.factors)
+    unit = ng.GaussianTask(arrays[0], JAX.asarray(np.eye(arrays[1].shape[-1])), *arrays[2:])
+    assert len(jax.tree_util.tree_leaves(unit)) == len(leaves) - 2  # the roots of the noise are not there
     again = jax.tree_util.tree_unflatten(tree, leaves)
     assert isinstance(again, ng.GaussianTask)
     assert again.input_rank == 4
@@ -580,7 +582,8 @@ def test_jax_vmap_of_the_constructor():
 def test_a_task_made_on_a_device_stays_there():
     arrays = {key: STRICT_DEVICE2.asarray(array) for key, array in moments().items()}
     task = ng.GaussianTask(**arrays)
-    for leaf in (*task.factors, *(getattr(task, name) for name in MOMENTS)):
+    factors = (factor for factor in task.factors if factor is not None)
+    for leaf in (*factors, *(getattr(task, name) for name in MOMENTS)):
         STRICT_DEVICE2.check(leaf, arrays["input_moment"])
 
 

@@ -638,12 +638,12 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _short_velocity(weights: Any, task: Any) -> Any:
     """G̃ − (I − UUᵀ) G̃ (I − VVᵀ), descent sign."""
     k = task.factors
-    moves = k.noise_root_inverse @ dl.end_to_end(weights) @ k.input_root
+    moves = k.whiten(dl.end_to_end(weights) @ k.input_root)
     u, s, vh = np.linalg.svd(moves, full_matrices=False)
     u, vh = u[:, s > 1e-12 * s[0]], vh[s > 1e-12 * s[0]]
     g = moves - k.target
     left = g - u @ (u.T @ g)
-    return k.noise_root @ (g - left + (left @ vh.T) @ vh) @ k.input_root_pinv
+    return k.unwhiten((g - left + (left @ vh.T) @ vh) @ k.input_root_pinv)
 
 
 @fault("the short velocity formula on a singular layer", SINGULAR, {"exact velocity", "exact rule"})

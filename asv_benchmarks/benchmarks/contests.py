@@ -184,6 +184,8 @@ def layerwise(
     ]
     for label, variant in peers.layerwise_experts(backend.xp, sizes).items():
         entries.append(Contestant(label, "expert", variant, (layers, known)))
+    function, arguments = peers.factorisations(backend.xp, layers)
+    entries.append(Contestant("factorisations alone", "other", function, arguments))
     return [*entries, _product(layers)]
 
 

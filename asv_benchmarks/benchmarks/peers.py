@@ -220,6 +220,21 @@ def layerwise_experts(xp: Any, sizes: tuple[int, ...]) -> dict[str, Callable[...
     return variants
 
 
+def factorisations(xp: Any, weights: Weights) -> tuple[Callable[..., Weights], Weights]:
+    """What every way to Eq 42 on the weights cannot do without, and its arguments: no product, no check.
+
+    The inverse of each layer of a square network (one of W will do where W is well
+    conditioned); for other shapes the inverse of the smaller Gram matrix of each partial
+    product, by the library's own means.
+    """
+    if len({size for layer in weights for size in layer.shape[-2:]}) == 1:
+        return (lambda *layers: tuple(xp.linalg.inv(layer) for layer in layers)), weights
+    ahead, behind = _partial_products(weights)
+    factors = [factor for factor in (*ahead, *behind) if factor is not None]
+    grams = tuple(x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x for x in factors)
+    return (lambda *given: tuple(inverse(xp, a) for a in given)), grams
+
+
 # ------------------------------------------------------------ Moore–Penrose natural gradient
 
 

@@ -37,8 +37,10 @@ class Route(NamedTuple):
     start: int
 
 
-def routes(widths: Shape) -> tuple[Route, ...]:
-    """The route to every dual of a chain; `widths` are the rows of Z_0, Z_1, ....
+def routes(widths: Shape, *, root_is_square: bool = True) -> tuple[Route, ...]:
+    """The route to every dual of a chain; `widths` are the rank of Z_0 and the rows of Z_1, ....
+
+    Where a square root is the narrowest, the chain is split at it: (A Z_0)⁺ = Z_0⁻¹ A⁺.
 
     Examples
     --------
@@ -48,9 +50,12 @@ def routes(widths: Shape) -> tuple[Route, ...]:
     found = [Route("root", 0)]
     for k in range(1, len(widths)):
         narrowest = min(widths[: k + 1])
-        if widths[k - 1] == widths[k] == narrowest:
+        if widths[k - 1] == widths[k] == narrowest and (k > 1 or root_is_square):
             found.append(Route("layer", k - 1))
-        elif narrowest in (widths[0], widths[k]):
+        elif narrowest == widths[0]:
+            start = max(i for i in range(k) if widths[i] == narrowest)
+            found.append(Route("split", start) if root_is_square or start else Route("whole", k))
+        elif narrowest == widths[k]:
             found.append(Route("whole", k))
         else:
             found.append(Route("split", max(i for i in range(k) if widths[i] == narrowest)))
@@ -132,33 +137,37 @@ class Chain:
 
     Parameters
     ----------
+    factors : list of arrays, shapes (*batch, m_k, r)
+        Z_0, and those of Z_1, ... that are known.
     root_dual : array, shape (*batch, m_0, r)
         (Z_0⁺)ᵀ.
     steps : list of arrays, shapes (*batch, m_k, m_{k-1})
         step_1, ....
-    factors : list of arrays, shapes (*batch, m_k, r)
-        Z_0, Z_1, ....
     square : list of callables
         For each step, a function of no arguments that gives its `Thin` form; it is called
         for square steps, which the other side of the network may invert too.
+    root_is_identity : bool
+        Whether Z_0 is the identity.
     """
 
     def __init__(
         self,
         xp: Namespace,
+        factors: list[Array],
         root_dual: Array,
         steps: list[Array],
-        factors: list[Array],
         square: list[Callable[[], Thin]],
+        *,
+        root_is_identity: bool = False,
     ) -> None:
-        self.xp, self.steps, self.factors, self.square = xp, steps, factors, square
-        self.root_dual = root_dual
-        # The rank of the root is its number of columns.
-        self.widths = (int(factors[0].shape[-1]), *(int(step.shape[-2]) for step in steps))
-        found = routes(self.widths)
-        # A root with fewer columns than rows has not the full row rank that "layer" asks for.
-        first_is_whole = len(found) > 1 and found[1].kind == "layer" and steps[0].shape[-1] != self.widths[0]
-        self.routes = (found[0], Route("whole", 1), *found[2:]) if first_is_whole else found
+        self.xp, self.steps, self.square = xp, steps, square
+        self.factors = factors
+        self.root_dual, self.root_is_identity = root_dual, root_is_identity
+        rows, rank = (int(size) for size in root_dual.shape[-2:])
+        self.widths = (rank, *(int(step.shape[-2]) for step in steps))
+        self.routes = routes(self.widths, root_is_square=rows == rank)
+        self.needs_root = not root_is_identity and any(route.kind == "whole" for route in self.routes)
+        """Whether an inverse takes the root in."""
         self._pieces: dict[int, Thin] = {}
 
     def rank(self, k: int) -> int:
@@ -167,12 +176,33 @@ class Chain:
 
     def is_tall(self, k: int) -> bool:
         """Whether the dual of Z_k ends on a product that makes a matrix larger."""
-        x = self.piece(k).x
-        return self.routes[k].kind == "split" or (k > 0 and x.shape[-2] > x.shape[-1])
+        return k > 0 and self.piece(k).x.shape[-2] > self.piece(k).x.shape[-1]
+
+    def start(self, k: int) -> int | None:
+        """The factor whose dual that of Z_k starts from; None if it starts from nothing."""
+        kind, start = self.routes[k]
+        return (0 if self.root_is_identity else None) if kind == "whole" else start
 
     def rounding(self, k: int) -> float:
         """Relative rounding of Z_k, which grows with the lengths of all sums behind it."""
-        return sum(self.widths[: k + 1]) * _arrays.eps(self.xp, self.factors[k])
+        return sum(self.widths[: k + 1]) * _arrays.eps(self.xp, self.root_dual)
+
+    def factor(self, k: int) -> Array:
+        """Z_k."""
+        while len(self.factors) <= k:
+            step = self.steps[len(self.factors) - 1]
+            first = self.root_is_identity and len(self.factors) == 1
+            self.factors.append(step if first else linalg.matmul(step, self.factors[-1]))
+        return self.factors[k]
+
+    def product(self, k: int) -> Array:
+        """Z_k if an inverse takes the root in, else step_k ⋯ step_1."""
+        kind, start = self.routes[k]
+        if self.needs_root or kind == "whole":
+            return self.factor(k)
+        if kind == "split" and start == 0:
+            return self.piece(k).x
+        return self.steps[0] if k == 1 else self.steps[k - 1] @ self.product(k - 1)
 
     def piece(self, k: int) -> Thin:
         """What is inverted for Z_k beyond what its route starts from."""
@@ -181,7 +211,7 @@ class Chain:
             if kind == "layer":
                 self._pieces[k] = self.square[k - 1]()
             elif kind == "whole":
-                self._pieces[k] = thin(self.xp, self.factors[k])
+                self._pieces[k] = thin(self.xp, self.factor(k))
             else:
                 step = self.steps[k - 1]
                 self._pieces[k] = thin(self.xp, step if start == k - 1 else step @ self.piece(k - 1).x)
@@ -194,7 +224,7 @@ class Chain:
         for k in range(1, len(self.widths)):
             piece, (kind, start) = self.piece(k), self.routes[k]
             matrix, condition = piece.refined(xp)
-            found.append(matrix if kind == "whole" else matrix @ found[start])
+            found.append(matrix if kind == "whole" else linalg.matmul(matrix, found[start]))
             product_rounding = self.rounding(k) + 4 * self.widths[k] * _arrays.eps(xp, matrix)
             uncertain = layer_rounding(xp, matrix) if kind == "layer" else product_rounding
             certified = certified & (condition * uncertain < 1.0)
@@ -202,13 +232,9 @@ class Chain:
 
 
 def chains(
-    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, products: Products
-) -> tuple[Chain, Chain, Array | bool]:
-    """The chains of the factors ahead, E_L to E_1, and behind, X_1 to X_L.
-
-    The third value says for which members the roots have the rank of their shapes, on
-    which all routes stand.
-    """
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, products: Products | None = None
+) -> tuple[Chain, Chain]:
+    """The chains of the factors ahead, E_L to E_1, and behind, X_1 to X_L, which `products` may know already."""
     inverses: dict[int, Pair] = {}
 
     def inverse(i: int) -> Pair:
@@ -225,21 +251,23 @@ def chains(
         return Thin(layers[i], core.mT, condition)
 
     depth = len(layers)
+    root, unroot = factors.noise_roots(xp)
     left = Chain(
         xp,
-        factors.noise_root,
+        [unroot.mT] if products is None else list(products.ahead[::-1]),
+        root,
         [layer.mT for layer in layers[:0:-1]],
-        list(products.ahead[::-1]),
         [partial(ahead, i) for i in range(depth - 1, 0, -1)],
+        root_is_identity=factors.noise_root is None,
     )
     right = Chain(
         xp,
+        [factors.input_root] if products is None else list(products.behind),
         factors.input_root_pinv.mT,
         list(layers[:-1]),
-        list(products.behind),
         [partial(behind, i) for i in range(depth - 1)],
     )
-    return left, right, full_roots(xp, factors)
+    return left, right
 
 
 def layer_rounding(xp: Namespace, layer: Array) -> float:
@@ -280,17 +308,19 @@ def duals(
     that the shapes allow; only members without a certificate of full rank take them.
     """
     depth = len(layers)
-    left, right, full = chains(xp, layers, factors, products)
+    left, right = chains(xp, layers, factors, products)
+    full = full_roots(xp, factors)
     if depth == 1:
         return [(left.root_dual, right.root_dual)], full
     ahead, left_full = left.duals()
     behind, right_full = right.duals()
     certified = left_full & right_full & full
     cuts = [(chain.rank(k), chain.rounding(k)) for chain in (left, right) for k in range(1, depth)]
+    wholes = tuple(chain.factor(k) for chain in (left, right) for k in range(1, depth))
 
     def decompose(*arrays: Array) -> tuple[Array, ...]:
         return tuple(linalg.dual(xp, x, *cut) for x, cut in zip(arrays, cuts, strict=True))
 
-    found = _arrays.repair(xp, ~certified, (*ahead, *behind), (*left.factors[1:], *right.factors[1:]), decompose)
+    found = _arrays.repair(xp, ~certified, (*ahead, *behind), wholes, decompose)
     ahead, behind = [left.root_dual, *found[: depth - 1]], [right.root_dual, *found[depth - 1 :]]
     return list(zip(reversed(ahead), behind, strict=True)), certified

@@ -56,9 +56,9 @@ def natural_gradient_flow(end_to_end: Array, task: GaussianTask, time: float | A
     _arrays.check_core("end_to_end", end_to_end, (task.n_outputs, task.n_inputs), "(outputs, inputs) of the task")
     time = _arrays.check_nonnegative("time", time, xp, end_to_end, core_ndim=2)
     factors = task.factors
-    error = factors.target - factors.noise_root_inverse @ end_to_end @ factors.input_root
+    error = factors.target - factors.whiten(end_to_end @ factors.input_root)
     moved = math.expm1(-time) if isinstance(time, float) else xp.expm1(-time)
-    return end_to_end - moved * (factors.noise_root @ error @ factors.input_root_pinv)
+    return end_to_end - moved * factors.unwhiten(error @ factors.input_root_pinv)
 
 
 @_arrays.quiet
@@ -158,7 +158,7 @@ def gradient_flow_modes(initial: Array, target: Array, time: float | Array, /, *
     if depth == 2:
         due = 2.0 * s * time
         rest = xp.exp(-due)
-        span = 2.0 * time * xp.where(due > 0.0, -xp.expm1(-due) / xp.where(due > 0.0, due, 1.0), 1.0)
+        span = xp.where(due > 0.0, -xp.expm1(-due) / s, 2.0 * time)
         # Nothing grows from zero, not even when the exponential underflows.
         grown = a / xp.where((a == 0.0) & (rest == 0.0), 1.0, rest + a * span)
     else:
@@ -166,7 +166,8 @@ def gradient_flow_modes(initial: Array, target: Array, time: float | Array, /, *
         learned = learned & (faded * _arrays.eps(xp, a) < s)
         start = xp.where(learned, a / s, a)
         grown = s * _invert_time(xp, start ** (1.0 / depth), s**power * time, depth) ** depth
-    return xp.where(learned, grown, faded)
+    # A mode at zero stays there, for ever too.
+    return xp.where(a == 0.0, a, xp.where(learned, grown, faded))
 
 
 def euler_decay_rate(learning_rate: float | Array, /) -> Any:

@@ -14,58 +14,79 @@ from typing import Any
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.deep_linear import square
-from natgrad_array.deep_linear.duals import Chain, chains, duals, trusted
+from natgrad_array.deep_linear.duals import Chain, chains, duals, full_roots, trusted
 from natgrad_array.deep_linear.products import products
 from natgrad_array.deep_linear.task import TaskFactors
 
 Directions = tuple[Array, ...]
 Rung = Callable[[Namespace, tuple[Array, ...], TaskFactors, float], tuple[Directions, Array]]
 
-_MATRICES = tuple(name for name in TaskFactors._fields if name != "minimum_loss")
-
 
 def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Directions:
     """`scale` times E_i^{+T} R⁻¹(W − W*)S X_i⁺ for every layer."""
-    depth = len(layers)
-    if depth == 1:
+    if len(layers) == 1:
         return _by_duals(xp, layers, factors, scale)[0]
-    stacks = (*layers, *(getattr(factors, name) for name in _MATRICES))
-
-    def on_stacks(rung: Rung) -> Callable[..., tuple[Array, ...]]:
-        """A rung as a function of stacks of matrices, with the flags as the last of them."""
-
-        def run(*arrays: Array) -> tuple[Array, ...]:
-            matrices: dict[str, Any] = dict(zip(_MATRICES, arrays[depth:], strict=True))
-            found, certified = rung(xp, arrays[:depth], factors._replace(**matrices), scale)
-            batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
-            if tuple(certified.shape) != batch:
-                certified = xp.broadcast_to(certified, batch)
-            return (*found, certified[..., None, None])
-
-        return run
-
-    is_square = square.is_square(layers, factors)
-    fast = [square.by_one_inverse, square.by_layer_inverses] if is_square else [_by_gram_matrices]
-    rungs = [on_stacks(rung) for rung in (*fast, _by_duals)]
-    cores = [tuple(layer.shape[-2:]) for layer in layers]
-
-    def down_from(first: int) -> Directions:
-        return _arrays.in_pieces(lambda *arrays: _descend(xp, arrays, rungs[first:]), stacks, cores)
-
-    if not is_square:
-        return down_from(0)
+    if not square.is_square(layers, factors):
+        return _in_pieces(xp, layers, factors, scale, [_by_gram_matrices, _by_duals])
+    rungs: list[Rung] = [square.by_one_inverse, square.by_layer_inverses, _by_duals]
     found: Directions = _arrays.branch(
-        square.one_inverse_serves(xp, layers), lambda: down_from(0), lambda: down_from(1)
+        square.one_inverse_serves(xp, layers),
+        lambda: _in_pieces(xp, layers, factors, scale, rungs),
+        lambda: _in_pieces(xp, layers, factors, scale, rungs[1:]),
     )
     return found
 
 
-def _descend(xp: Namespace, stacks: tuple[Array, ...], rungs: list[Callable[..., tuple[Array, ...]]]) -> Directions:
+def _in_pieces(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, rungs: list[Rung]
+) -> Directions:
+    """Descend with pieces of a stack that is large."""
+    cores = [tuple(layer.shape[-2:]) for layer in layers]
+    if not _arrays.pays_in_pieces(layers, cores):
+        return _descend(xp, layers, factors, scale, rungs)
+    stacks, restore = _as_stacks(layers, factors)
+    return _arrays.in_pieces(lambda *arrays: _descend(xp, *restore(arrays), scale, rungs), stacks, cores)
+
+
+def _descend(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, rungs: list[Rung]
+) -> Directions:
     """Take all members down the first rung, and those without a certificate down the next ones."""
-    found = rungs[0](*stacks)
+    found, certified = rungs[0](xp, layers, factors, scale)
+    if len(rungs) == 1 or _arrays.eager_any(xp, ~certified) is False:
+        return found
+    stacks, restore = _as_stacks(layers, factors)
+    batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
+
+    def run(rung: Rung) -> Callable[..., tuple[Array, ...]]:
+        """A rung as a function of stacks of matrices, with the flags as the last of them."""
+
+        def on_stacks(*arrays: Array) -> tuple[Array, ...]:
+            found, certified = rung(xp, *restore(arrays), scale)
+            members = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
+            return (*found, xp.broadcast_to(certified, members)[..., None, None])
+
+        return on_stacks
+
+    kept = (*found, xp.broadcast_to(certified, batch)[..., None, None])
     for rung in rungs[1:]:
-        found = _arrays.repair(xp, ~found[-1][..., 0, 0], found, stacks, rung)
-    return found[:-1]
+        kept = _arrays.repair(xp, ~kept[-1][..., 0, 0], kept, stacks, run(rung))
+    return kept[:-1]
+
+
+def _as_stacks(
+    layers: tuple[Array, ...], factors: TaskFactors
+) -> tuple[tuple[Array, ...], Callable[[tuple[Array, ...]], tuple[tuple[Array, ...], TaskFactors]]]:
+    """The matrices of a network and its task side by side, and a function that takes them apart again."""
+    given = factors._asdict()
+    names = [name for name, value in given.items() if value is not None and name != "minimum_loss"]
+    depth = len(layers)
+
+    def restore(arrays: tuple[Array, ...]) -> tuple[tuple[Array, ...], TaskFactors]:
+        matrices: dict[str, Any] = dict(zip(names, arrays[depth:], strict=True))
+        return arrays[:depth], factors._replace(**matrices)
+
+    return (*layers, *(given[name] for name in names)), restore
 
 
 # ----------------------------------------------------------------------------- other networks
@@ -77,14 +98,13 @@ def _by_gram_matrices(
     """Apply the inverses of the smaller Gram matrices, from the narrow end to the wide one.
 
     For a factor m × n of rank r = min(m, n): one Gram matrix and two products with it,
-    and about 2r³ flops for its inverse.
+    and about 2r³ flops for its inverse. A root that no Gram matrix needs is left out.
     """
-    found = products(layers, factors)
-    left, right, full = chains(xp, layers, factors, found)
-    apply = _Application(left, right, -scale * found.error)
+    left, right = chains(xp, layers, factors)
+    apply = _Application(left, right, _error(left, right, layers, factors, -scale))
     depth = len(layers)
     directions = tuple(apply.layer(depth - 1 - i, i) for i in range(depth))
-    certified: Array = full
+    certified: Array = full_roots(xp, factors)
     for chain in (left, right):
         for k in range(1, depth):
             piece = chain.piece(k)
@@ -92,28 +112,45 @@ def _by_gram_matrices(
     return directions, certified
 
 
+def _error(left: Chain, right: Chain, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Array:
+    """`scale` times W* − W, multiplied by R⁻¹ and by S where the chains need their roots."""
+    if left.needs_root and right.needs_root:
+        target = factors.target
+    else:
+        target = factors.optimum @ factors.input_root if right.needs_root else factors.optimum
+        target = factors.whiten(target) if left.needs_root else target
+    cut = min(range(1, len(layers)), key=lambda i: int(layers[i].shape[-1]))
+    error = target - left.product(len(layers) - cut).mT @ right.product(cut)
+    error *= scale
+    return error
+
+
 class _Application:
     """(Z_k⁺)ᵀ Y X⁺ for factors Z_k of the left and X of the right chain, parts shared by layers done once."""
 
     def __init__(self, left: Chain, right: Chain, error: Array) -> None:
         self.left, self.right = left, right
-        self.known: dict[tuple[int | None, int | None], Array] = {(None, None): error}
+        self.known: dict[tuple[int | None, int | None], Array] = {
+            (None if left.needs_root else 0, None if right.needs_root else 0): error
+        }
 
     def layer(self, i: int, j: int) -> Array:
         """Products that make the error smaller come first, those that make it larger last."""
-        y = self.reduced(_narrow(self.left, i), _narrow(self.right, j))
-        grow_left = self.left.piece(i) if i and self.left.is_tall(i) else None
-        grow_right = self.right.piece(j) if j and self.right.is_tall(j) else None
-        if grow_right is not None:
-            y = y @ grow_right.core
-        if grow_left is not None:
-            y = grow_left.times(y)
-        return y if grow_right is None else y @ grow_right.x.mT
+        tall_left, tall_right = self.left.is_tall(i), self.right.is_tall(j)
+        y = self.reduced(self.left.start(i) if tall_left else i, self.right.start(j) if tall_right else j)
+        if tall_right:
+            y = y @ self.right.piece(j).core
+        if tall_left:
+            y = self.left.piece(i).times(y)
+        return y @ self.right.piece(j).x.mT if tall_right else y
 
     def reduced(self, i: int | None, j: int | None) -> Array:
         """The error multiplied by those parts of both duals that have full row rank."""
         if (i, j) not in self.known:
-            from_left = j is None or (i is not None and self.left.widths[i] > self.right.widths[j])
+            # One that the error has not yet been multiplied by, the one that leaves less of it if both are.
+            from_left = i is not None and (i > 0 or self.left.needs_root)
+            if i is not None and j is not None and (j > 0 or self.right.needs_root):
+                from_left = from_left and self.left.widths[i] > self.right.widths[j]
             self.known[i, j] = self._from_left(i, j) if from_left else self._from_right(i, j)
         return self.known[i, j]
 
@@ -121,22 +158,13 @@ class _Application:
         assert i is not None
         if i == 0:
             return self.left.root_dual @ self.reduced(None, j)
-        start = self.left.routes[i].start if self.left.routes[i].kind == "layer" else None
-        return self.left.piece(i).times(self.reduced(start, j))
+        return self.left.piece(i).times(self.reduced(self.left.start(i), j))
 
     def _from_right(self, i: int | None, j: int | None) -> Array:
         assert j is not None
         if j == 0:
             return linalg.matmul(self.reduced(i, None), self.right.root_dual.mT)
-        start = self.right.routes[j].start if self.right.routes[j].kind == "layer" else None
-        return self.right.piece(j).times_from_right(self.reduced(i, start))
-
-
-def _narrow(chain: Chain, k: int) -> int | None:
-    """The last factor of full row rank on the route to Z_k, if the dual of Z_k uses one."""
-    if k == 0 or not chain.is_tall(k):
-        return k
-    return chain.routes[k].start if chain.routes[k].kind == "split" else None
+        return self.right.piece(j).times_from_right(self.reduced(i, self.right.start(j)))
 
 
 # -------------------------------------------------------------------------- the general case

@@ -92,7 +92,7 @@ class Kernel(Inverse):
         self.fisher = fisher
         xp, factors = fisher._xp, fisher._task.factors
         ahead, behind, _ = fisher._products
-        self.root = factors.noise_root
+        self.root, unroot = factors.noise_roots(xp)
         self.unscale = factors.input_root_pinv @ factors.input_basis
         left = [e @ self.root.mT for e in ahead]
         right = [x @ self.unscale for x in behind]
@@ -109,7 +109,7 @@ class Kernel(Inverse):
         spaces, depth = fisher._subspaces(), len(ahead)
         self.kept = spaces.left_count + spaces.right_count - depth > 0.5
         scale = self.v.mT @ (factors.input_basis.mT @ factors.input_root)
-        self.inward = spaces.left.mT @ factors.noise_root_inverse @ self.u, scale @ spaces.right
+        self.inward = spaces.left.mT @ unroot @ self.u, scale @ spaces.right
         self.outward = self.u.mT @ self.root @ spaces.left, spaces.right.mT @ self.unscale @ self.v
         diagonal = self.ends
         for a, b in self.middle:

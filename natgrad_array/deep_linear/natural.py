@@ -130,7 +130,7 @@ def exact_velocity(weights: Weights, task: GaussianTask, /) -> Array:
     array([[2.]])
     """
     f = fisher(weights, task)
-    return task.factors.noise_root @ f._exact_velocity() @ task.factors.input_root_pinv
+    return task.factors.unwhiten(f._exact_velocity() @ task.factors.input_root_pinv)
 
 
 @_arrays.quiet
@@ -172,6 +172,5 @@ def projections(weights: Weights, task: GaussianTask, /) -> tuple[tuple[Array, A
     """
     f: DeepLinearFisher = fisher(weights, task)
     k = task.factors
-    return tuple(
-        (k.noise_root @ q @ k.noise_root_inverse, k.input_root @ r @ k.input_root_pinv) for q, r in f._projectors()
-    )
+    root, unroot = k.noise_roots(f._xp)
+    return tuple((root @ q @ unroot, k.input_root @ r @ k.input_root_pinv) for q, r in f._projectors())

@@ -86,10 +86,11 @@ class Products(NamedTuple):
 @_arrays.quiet
 def products(layers: tuple[Array, ...], factors: TaskFactors) -> Products:
     """Every product once: 2 (L − 1) of them, and one across the narrowest hidden layer for the error."""
-    depth = len(layers)
-    ahead, behind = [factors.noise_root_inverse.mT], [factors.input_root]
+    depth, unroot = len(layers), factors.noise_root_inverse
+    first = _arrays.eye(_arrays.namespace(layers[0]), layers[-1].shape[-2], layers[0]) if unroot is None else unroot.mT
+    ahead, behind = [first], [factors.input_root]
     for layer in layers[:0:-1]:
-        ahead.append(layer.mT @ ahead[-1])
+        ahead.append(layer.mT if unroot is None and len(ahead) == 1 else layer.mT @ ahead[-1])
     for layer in layers[: max(depth - 1, 1)]:
         behind.append(linalg.matmul(layer, behind[-1]))
     ahead.reverse()
@@ -307,7 +308,7 @@ def excess_loss(weights: Weights, task: GaussianTask, /) -> Array:
     product = task.factors.input_root
     for layer in layers:
         product = layer @ product
-    error = task.factors.target - task.factors.noise_root_inverse @ product
+    error = task.factors.target - task.factors.whiten(product)
     return 0.5 * xp.sum(error * error, axis=(-2, -1))
 
 

@@ -22,16 +22,31 @@ class TaskFactors(NamedTuple):
     """S⁺, (*batch, ρ, n_0)."""
     input_basis: Array
     """V, (*batch, n_0, ρ): the eigenvectors of Σ behind the columns of S."""
-    noise_root: Array
-    """R, (*batch, n_L, n_L), with Σ̃ = R Rᵀ and RᵀR diagonal."""
-    noise_root_inverse: Array
-    """R⁻¹, (*batch, n_L, n_L)."""
+    noise_root: Array | None
+    """R, (*batch, n_L, n_L), with Σ̃ = R Rᵀ and RᵀR diagonal; None where all members share the identity."""
+    noise_root_inverse: Array | None
+    """R⁻¹, (*batch, n_L, n_L), or None."""
     target: Array
     """The whitened target R⁻¹ M S⁺ᵀ = R⁻¹ W* S, (*batch, n_L, ρ)."""
     optimum: Array
     """W*, (*batch, n_L, n_0)."""
     minimum_loss: Array
     """Loss at the optimum, (*batch,)."""
+
+    def whiten(self, y: Array) -> Array:
+        """R⁻¹ y."""
+        return y if self.noise_root_inverse is None else self.noise_root_inverse @ y
+
+    def unwhiten(self, y: Array) -> Array:
+        """R y."""
+        return y if self.noise_root is None else self.noise_root @ y
+
+    def noise_roots(self, xp: Namespace) -> tuple[Array, Array]:
+        """R and R⁻¹, written out."""
+        if self.noise_root is None or self.noise_root_inverse is None:
+            identity = _arrays.eye(xp, self.target.shape[-2], self.target)
+            return identity, identity
+        return self.noise_root, self.noise_root_inverse
 
 
 class GaussianTask:
@@ -386,11 +401,11 @@ def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Arra
     lazy = any(_arrays.is_lazy(array) for array in moments.values())
     precision = _arrays.eps(xp, like)
 
-    def reject(name: str, bad: Array, why: str) -> None:
+    def reject(name: str, bad: Array, why: str, what: str = "", value: Array | None = None) -> None:
         if lazy or not _arrays.eager_any(xp, bad):
             return
         if bad.ndim == 0:
-            raise ValueError(f"{name} must {why}")
+            raise ValueError(f"{name} must {why}" + ("" if value is None else f", got {what} {float(value):.3g}"))
         moments[name] = xp.where(bad[..., None, None], xp.nan, moments[name])
 
     for name in _MOMENTS:
@@ -399,20 +414,26 @@ def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Arra
         array = moments[name]
         largest = xp.max(xp.abs(array), axis=(-2, -1))
         asymmetry = xp.max(xp.abs(array - array.mT), axis=(-2, -1))
-        reject(name, asymmetry > precision**0.5 * largest, "be symmetric")
+        reject(name, asymmetry > precision**0.5 * largest, "be symmetric", "a largest difference of", asymmetry)
         moments[name] = linalg.symmetric_part(moments[name])
 
-    noise, noise_basis, kept = linalg.eigh_kept(xp, moments["noise_covariance"], None)
-    positive = kept & (noise > 0.0)
-    reject("noise_covariance", xp.any(~positive & ~xp.isnan(noise), axis=-1), "be positive definite")
-    deviation = xp.sqrt(xp.where(xp.all(positive, axis=-1, keepdims=True), noise, xp.nan))
-    root = noise_basis * deviation[..., None, :]
-    root_inverse = (noise_basis / deviation[..., None, :]).mT
+    covariance = moments["noise_covariance"]
+    root = root_inverse = None
+    # Most tasks have unit noise, and every product with its root costs as much as one with a layer.
+    unit = covariance.ndim == 2 and not lazy
+    if not unit or _arrays.eager_any(xp, covariance != _arrays.eye(xp, covariance.shape[-1], covariance)):
+        noise, noise_basis, kept = linalg.eigh_kept(xp, covariance, None)
+        positive = kept & (noise > 0.0)
+        bad = xp.any(~positive & ~xp.isnan(noise), axis=-1)
+        reject("noise_covariance", bad, "be positive definite", "the smallest eigenvalue", noise[..., 0])
+        deviation = xp.sqrt(xp.where(xp.all(positive, axis=-1, keepdims=True), noise, xp.nan))
+        root = noise_basis * deviation[..., None, :]
+        root_inverse = (noise_basis / deviation[..., None, :]).mT
 
     power, basis, kept = linalg.eigh_kept(xp, moments["input_moment"], None)
     n_in = power.shape[-1]
     negative = power[..., 0] < -100 * n_in * precision * xp.max(xp.abs(power), axis=-1)
-    reject("input_moment", negative, "be positive semidefinite, got a negative eigenvalue")
+    reject("input_moment", negative, "be positive semidefinite", "the smallest eigenvalue", power[..., 0])
     power = xp.where(xp.isnan(moments["input_moment"][..., :1, 0]), xp.nan, power)
     kept = kept & (power > 0.0)
     if not lazy:
@@ -429,20 +450,24 @@ def _factorise(xp: Namespace, moments: dict[str, Array]) -> tuple[dict[str, Arra
         cross = moments["cross_moment"]
         outside = cross - cross @ live @ live.mT
         bound = xp.linalg.trace(moments["output_moment"]) * xp.linalg.trace(moments["input_moment"])
-        excess = xp.max(xp.abs(outside), axis=(-2, -1)) ** 2 > 10 * n_in * precision * xp.abs(bound)
-        reject("cross_moment", excess, "have its rows in the range of input_moment")
-    target = root_inverse @ moments["cross_moment"] @ input_root_pinv.mT
-    residual = root_inverse @ moments["output_moment"] @ root_inverse.mT - target @ target.mT
+        largest = xp.max(xp.abs(outside), axis=(-2, -1))
+        excess = largest**2 > 10 * n_in * precision * xp.abs(bound)
+        reject("cross_moment", excess, "have its rows in the range of input_moment", "a part outside of", largest)
+    target, output = moments["cross_moment"] @ input_root_pinv.mT, moments["output_moment"]
+    if root_inverse is not None:
+        target, output = root_inverse @ target, root_inverse @ output @ root_inverse.mT
+    residual = output - target @ target.mT
     if not lazy:
         floor = xp.min(linalg.eigh(xp, linalg.symmetric_part(residual))[0], axis=-1)
         size = xp.linalg.trace(residual + 2.0 * target @ target.mT)
         impossible = floor < -10 * precision**0.5 * size
-        reject("output_moment", impossible, "be at least cross_moment pinv(input_moment) cross_momentᵀ")
+        why = "be at least cross_moment pinv(input_moment) cross_momentᵀ"
+        reject("output_moment", impossible, why, "the smallest eigenvalue of the whitened difference", floor)
         bad = xp.isnan(moments["output_moment"][..., 0, 0])
         if bad.ndim and _arrays.eager_any(xp, bad):
             target = xp.where(bad[..., None, None], xp.nan, target)
-    minimum_loss = 0.5 * xp.linalg.trace(root_inverse @ moments["output_moment"] @ root_inverse.mT - target @ target.mT)
-    optimum = root @ target @ input_root_pinv
+    minimum_loss = 0.5 * xp.linalg.trace(output - target @ target.mT)
+    optimum = (target if root is None else root @ target) @ input_root_pinv
     return moments, TaskFactors(input_root, input_root_pinv, live, root, root_inverse, target, optimum, minimum_loss)
 
 

@@ -44,7 +44,8 @@ class Case:
         # Rounding grows with the lengths of all sums.
         self.cutoff = (task.n_inputs + sum(int(w.shape[-2]) for w in self.weights)) * _arrays.eps(xp, self.like)
         k = task.factors
-        self.root, self.unroot, self.scale = k.noise_root, k.noise_root_inverse, k.input_root
+        self.root, self.unroot = k.noise_roots(xp)
+        self.scale = k.input_root
 
         self.product = self.end_to_end(self.weights)
         self.optimum = task.optimum()

@@ -114,7 +114,7 @@ def check_preconditioner(
         h = xp.reshape(basis[k, :], (n_out, rank))
         gradient = tuple(a @ h @ b.mT for a, b in zip(ahead, behind, strict=True))
         velocity = dl.end_to_end_velocity(layers, direction(gradient))
-        columns.append(_flat(xp, factors.noise_root_inverse @ velocity @ factors.input_root, batch))
+        columns.append(_flat(xp, factors.whiten(velocity @ factors.input_root), batch))
         expected.append(_flat(xp, fisher._realisable(h), batch))
     s, projector = xp.stack(columns, axis=-1), xp.stack(expected, axis=-1)
     gradient = dl.gradient(layers, task)
