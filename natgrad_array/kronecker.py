@@ -67,38 +67,34 @@ class Kronecker(NamedTuple):
         backward = None if self.backward is None else linalg.pinvh_checked(xp, self.backward, rtol, "auto")
         return Kronecker(forward, backward)
 
-    def damped_inverse(self, damping: float | Array, /) -> Kronecker:
-        """Compute (A + πγ 1)⁻¹ ⊗ (G + γ/π 1)⁻¹ with γ² the damping, and π² the ratio of mean eigenvalues.
+    def damped(self, damping: float | Array, /) -> Kronecker:
+        """Compute (A + πγ 1) ⊗ (G + γ/π 1) with γ² the damping, and π² the ratio of mean eigenvalues.
 
         Parameters
         ----------
         damping : float or array of shape (*batch, 1, 1)
             Added to the eigenvalues of the product, in their units, up to cross terms.
-            Where it is zero the result is the Moore–Penrose inverse.
 
         Returns
         -------
         Kronecker
-            The damped inverse.
+            The damped product.
 
         Notes
         -----
         Section 6.3 of Martens and Grosse (2015).
         """
         xp = _arrays.namespace(self.forward)
-        gamma = damping**0.5
+        gamma, a = damping**0.5, _mean_eigenvalue(xp, self.forward)
         if self.backward is None:
-            # The identity's mean eigenvalue is 1, and (1 + γ/π)⁻¹ is a number.
-            pi = xp.sqrt(_mean_eigenvalue(xp, self.forward))
-            pi = xp.where(pi > 0.0, pi, 1.0)
-            return Kronecker(_shifted_inverse(xp, self.forward, pi * gamma) / (1.0 + gamma / pi), None)
-        a, g = _mean_eigenvalue(xp, self.forward), _mean_eigenvalue(xp, self.backward)
+            # The identity's mean eigenvalue is 1, and (1 + γ/π) is a number.
+            pi = xp.sqrt(xp.where(a > 0.0, a, 1.0))
+            return Kronecker(_shifted(xp, self.forward, pi * gamma) * (1.0 + gamma / pi), None)
+        g = _mean_eigenvalue(xp, self.backward)
         # A dead layer has a zero factor: nothing there to balance.
         alive = (a > 0.0) & (g > 0.0)
         pi = xp.sqrt(xp.where(alive, a, 1.0) / xp.where(alive, g, 1.0))
-        return Kronecker(
-            _shifted_inverse(xp, self.forward, pi * gamma), _shifted_inverse(xp, self.backward, gamma / pi)
-        )
+        return Kronecker(_shifted(xp, self.forward, pi * gamma), _shifted(xp, self.backward, gamma / pi))
 
     def to_dense(self) -> Array:
         """Form the matrix itself, for small ones.
@@ -122,8 +118,8 @@ def _mean_eigenvalue(xp: Namespace, a: Array) -> Array:
     return (xp.linalg.trace(a) / a.shape[-1])[..., None, None]
 
 
-def _shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
-    return linalg.pinvh_checked(xp, a + shift * _arrays.eye(xp, a.shape[-1], a), None, "auto")
+def _shifted(xp: Namespace, a: Array, shift: Array) -> Array:
+    return a + shift * _arrays.eye(xp, a.shape[-1], a)
 
 
 class KroneckerBasis(NamedTuple):

@@ -18,6 +18,7 @@ from natgrad_array.optimizers.inverses import (
     RootDamped,
     Tikhonov,
 )
+from natgrad_array.optimizers.low_rank import LowRankOnline
 from natgrad_array.optimizers.optimizer import Optimizer, OptimizerState, StepInfo
 from natgrad_array.optimizers.presets import (
     adam,
@@ -27,12 +28,27 @@ from natgrad_array.optimizers.presets import (
     heskes,
     kfac,
     natural_gradient,
+    ng_sgd,
+    prong,
     sgd,
+    tridiagonal_kfac,
 )
-from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, NormBound, PerLayer, QuadraticModel
+from natgrad_array.optimizers.pruning import Pruned, prune, saliencies
+from natgrad_array.optimizers.steps import (
+    Damping,
+    Fixed,
+    LevenbergMarquardt,
+    NormBound,
+    PerLayer,
+    QuadraticModel,
+    Scaling,
+)
+from natgrad_array.optimizers.tridiagonal import BlockTridiagonal
+from natgrad_array.optimizers.whitening import Whitening
 
 __all__ = [
     "Adam",
+    "BlockTridiagonal",
     "Damping",
     "Empirical",
     "Estimate",
@@ -44,17 +60,21 @@ __all__ = [
     "InputsOnly",
     "Inverse",
     "LevenbergMarquardt",
+    "LowRankOnline",
     "ModelSampled",
     "MoorePenrose",
     "NormBound",
     "Optimizer",
     "OptimizerState",
     "PerLayer",
+    "Pruned",
     "QuadraticModel",
     "RescaledEigenbasis",
     "RootDamped",
+    "Scaling",
     "StepInfo",
     "Tikhonov",
+    "Whitening",
     "adam",
     "bounded_kfac",
     "ekfac",
@@ -62,5 +82,10 @@ __all__ = [
     "heskes",
     "kfac",
     "natural_gradient",
+    "ng_sgd",
+    "prong",
+    "prune",
+    "saliencies",
     "sgd",
+    "tridiagonal_kfac",
 ]

@@ -111,7 +111,7 @@ def zero_blocks(params: Tangent, estimate: Estimate) -> tuple[Kronecker, ...]:
     return tuple(found)
 
 
-class _ByFactors(Inverse):
+class ByFactors(Inverse):
     """Inverses of the two moments of every layer."""
 
     uses_statistics: ClassVar[bool] = True
@@ -132,7 +132,7 @@ class Identity(Inverse):
 
 
 @dataclass(frozen=True)
-class MoorePenrose(_ByFactors):
+class MoorePenrose(ByFactors):
     """The pseudo-inverse of both moments, A⁺ ⊗ G⁺: no damping, ranks decided by a relative cut-off.
 
     Parameters
@@ -177,18 +177,18 @@ def multiply(blocks: Any, gradient: Tangent) -> Tangent:
 
 
 @dataclass(frozen=True)
-class FactoredTikhonov(_ByFactors):
-    """(A + πγ 1)⁻¹ ⊗ (G + γ/π 1)⁻¹: each factor damped by its share, as in K-FAC."""
+class FactoredTikhonov(ByFactors):
+    """(A + πγ 1)⁻¹ ⊗ (G + γ/π 1)⁻¹: each factor damped by its share, as in K-FAC; A⁺ ⊗ G⁺ without damping."""
 
     def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
-        return tuple(block.damped_inverse(at.scalar) for block in moments)
+        return tuple(block.damped(at.scalar).pinv() for block in moments)
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
         return multiply(prepared, at.gradient), prepared
 
 
 @dataclass(frozen=True)
-class RootDamped(_ByFactors):
+class RootDamped(ByFactors):
     """Every eigenvalue λ of both factors inverted as 1/(λ + √damping), what no sample reaches dropped.
 
     The rule of Bernacchia, Lengyel and Hennequin's own experiments (2018).
@@ -218,7 +218,7 @@ def _root_damped(xp: Namespace, a: Array, shift: Array, samples: int) -> Array:
 
 
 @dataclass(frozen=True)
-class Tikhonov(_ByFactors):
+class Tikhonov(ByFactors):
     """(A ⊗ G + damping 1)⁻¹, exactly, in the joint eigenbasis; at each step with the damping of that step."""
 
     def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from natgrad_array._arrays import Array
 from natgrad_array.optimizers.estimates import Empirical, Estimate, ExactDirections, InputsOnly, ModelSampled
@@ -14,8 +14,11 @@ from natgrad_array.optimizers.inverses import (
     RootDamped,
     Tikhonov,
 )
+from natgrad_array.optimizers.low_rank import LowRankOnline
 from natgrad_array.optimizers.optimizer import Optimizer
 from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, NormBound, PerLayer, QuadraticModel
+from natgrad_array.optimizers.tridiagonal import BlockTridiagonal
+from natgrad_array.optimizers.whitening import Whitening
 
 
 def natural_gradient(
@@ -167,6 +170,139 @@ def ekfac(
         _adaptive(damping, share),
         refresh,
     )
+
+
+def tridiagonal_kfac(
+    *,
+    damping: float | Array = 1.0,
+    refresh: int = 5,
+    average: float = 0.95,
+    momentum: bool = True,
+    share: float = 0.25,
+) -> Optimizer:
+    """K-FAC with neighbouring layers seen together: averaged model samples × block-tridiagonal × quadratic model.
+
+    Parameters
+    ----------
+    damping : float or array of shape (*batch,)
+        The first one, adapted every fifth step.
+    refresh : int
+        Steps between two inverses.
+    average : float
+        The largest weight of the old moments.
+    momentum : bool
+        Whether the last change takes part in the quadratic model.
+    share : float
+        The part of the batch that moments and products with F are computed on.
+
+    Returns
+    -------
+    Optimizer
+        The three choices, for networks of dense layers.
+
+    Notes
+    -----
+    Martens and Grosse (2015), section 4.3.
+
+    Examples
+    --------
+    >>> import natgrad_array as ng
+    >>> ng.optimizers.tridiagonal_kfac().inverse
+    BlockTridiagonal()
+    """
+    return Optimizer(
+        ModelSampled(average, share),
+        BlockTridiagonal(),
+        QuadraticModel(momentum=momentum, share=share),
+        _adaptive(damping, share),
+        refresh,
+    )
+
+
+def ng_sgd(
+    *,
+    learning_rate: float | Array = 0.02,
+    momentum: float = 0.9,
+    input_rank: int = 20,
+    output_rank: int = 80,
+    refresh: int = 4,
+) -> Optimizer:
+    """Povey's natural gradient for SGD: the data's errors × low-rank online inverses × fixed rate.
+
+    Parameters
+    ----------
+    learning_rate : float or array of shape (*batch,)
+        Of the gradient, whose rows keep their size.
+    momentum : float
+        How much of the last change is added.
+    input_rank, output_rank : int
+        Of the inverses on either side of a layer.
+    refresh : int
+        Steps between two updates of the inverses.
+
+    Returns
+    -------
+    Optimizer
+        The three choices.
+
+    Notes
+    -----
+    Povey, Zhang and Khudanpur (2014).
+
+    Examples
+    --------
+    >>> import natgrad_array as ng
+    >>> ng.optimizers.ng_sgd().refresh
+    4
+    """
+    return Optimizer(
+        Empirical(),
+        LowRankOnline(input_rank, output_rank),
+        Fixed(learning_rate, momentum),
+        Damping(),
+        refresh,
+    )
+
+
+def prong(
+    *,
+    learning_rate: float | Array = 0.05,
+    momentum: float = 0.0,
+    damping: float | Array = 1e-2,
+    average: float = 0.95,
+    refresh: int = 5,
+) -> Optimizer:
+    """PRONG: the inputs' moment × whitening × fixed rate.
+
+    Parameters
+    ----------
+    learning_rate : float or array of shape (*batch,)
+        In whitened coordinates.
+    momentum : float
+        How much of the last change is added.
+    damping : float or array of shape (*batch,)
+        Added to the eigenvalues of the inputs' covariances.
+    average : float
+        The largest weight of the old moments.
+    refresh : int
+        Steps between two whitenings.
+
+    Returns
+    -------
+    Optimizer
+        The three choices.
+
+    Notes
+    -----
+    Desjardins, Simonyan, Pascanu and Kavukcuoglu (2015).
+
+    Examples
+    --------
+    >>> import natgrad_array as ng
+    >>> ng.optimizers.prong().inverse
+    Whitening()
+    """
+    return Optimizer(InputsOnly(average), Whitening(), Fixed(learning_rate, momentum), Damping(damping), refresh)
 
 
 def foof(*, learning_rate: float | Array = 0.1, damping: float | Array = 1.0, refresh: int = 1) -> Optimizer:
@@ -328,7 +464,17 @@ def adam(
     return Optimizer(InputsOnly(), Adam(beta1, beta2, eps), Fixed(learning_rate))
 
 
-PRESETS: dict[str, Any] = {
-    preset.__name__: preset for preset in (natural_gradient, kfac, ekfac, foof, heskes, bounded_kfac, sgd, adam)
+PRESETS: dict[str, Callable[..., Optimizer]] = {
+    "natural_gradient": natural_gradient,
+    "kfac": kfac,
+    "tridiagonal_kfac": tridiagonal_kfac,
+    "ekfac": ekfac,
+    "foof": foof,
+    "heskes": heskes,
+    "ng_sgd": ng_sgd,
+    "prong": prong,
+    "bounded_kfac": bounded_kfac,
+    "sgd": sgd,
+    "adam": adam,
 }
 """The presets by name, for the command line."""

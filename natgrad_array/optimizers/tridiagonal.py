@@ -1,0 +1,139 @@
+"""The block-tridiagonal inverse of K-FAC: neighbouring layers see each other.
+
+In a chain of layers as a graphical model, each layer's gradient depends on that of the next
+one alone. With Ψ_i = (A_{i,i+1} A_{i+1}⁻¹) ⊗ (G_{i,i+1} G_{i+1}⁻¹) the regression of layer i
+on layer i + 1, and Σ_i what that leaves of layer i's block,
+
+    F̂⁻¹ = Ξᵀ Λ Ξ,    (Ξ V)_i = V_i − Ψ_i V_{i+1},    Λ = diag(Σ_1⁻¹, ..., Σ_{L-1}⁻¹, F_L⁻¹).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from natgrad_array import _arrays, linalg
+from natgrad_array._arrays import Array, Namespace
+from natgrad_array.kronecker import Kronecker
+from natgrad_array.networks.network import Network
+from natgrad_array.optimizers.estimates import Estimate, Statistics
+from natgrad_array.optimizers.inverses import Context, Inverse, Tangent, zero_blocks
+
+
+class Regression(NamedTuple):
+    """One layer of the inverse.
+
+    Attributes
+    ----------
+    forward, backward : arrays, shapes (*batch, n, n) and (*batch, m, m)
+        K_1 and K_2: bases in which both parts of Σ_i are diagonal.
+    scale : array, shape (*batch, m, n)
+        The inverse of Σ_i there.
+    psi_forward, psi_backward : arrays, shapes (*batch, n, n_next) and (*batch, m, m_next)
+        The two factors of Ψ_i.
+    """
+
+    forward: Array
+    backward: Array
+    scale: Array
+    psi_forward: Array
+    psi_backward: Array
+
+
+@dataclass(frozen=True)
+class BlockTridiagonal(Inverse):
+    """The inverse whose inverse agrees with the Fisher information's estimate on three block diagonals.
+
+    Each layer's own factors are damped as by `FactoredTikhonov`. Without damping it is
+    singular wherever a layer's input determines the next one's, as in a deep linear
+    network; such directions are left out. For networks of dense layers.
+
+    Notes
+    -----
+    Section 4.3 and appendix B of Martens and Grosse (2015).
+    """
+
+    uses_statistics: ClassVar[bool] = True
+    needs_errors: ClassVar[bool] = True
+
+    def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
+        if any(rows.shape[-2] != 1 for rows in statistics.rows):
+            raise ValueError("net must have dense layers only for the inverse BlockTridiagonal, got a convolution")
+        assert statistics.deltas is not None
+        rows = [array[..., 0, :] for array in statistics.rows]
+        deltas = [array[..., 0, :] for array in statistics.deltas]
+        xp, count = _arrays.namespace(rows[0]), rows[0].shape[-2]
+        crosses = tuple(
+            Kronecker(rows[i].mT @ rows[i + 1] / count, xp.sum(deltas[i].mT @ deltas[i + 1], axis=0) / count)
+            for i in range(len(rows) - 1)
+        )
+        return estimate.factors(statistics), crosses
+
+    def start_moments(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        return zero_blocks(params, estimate), tuple(Kronecker(*pair) for pair in _zero_crosses(params))
+
+    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        pairs = [*_zero_crosses(params), (params[-1][..., :, 0, None], params[-1][..., :, 0, None])]
+        blocks = zero_blocks(params, estimate)
+        found = []
+        for w, block, pair in zip(params, blocks, pairs, strict=True):
+            found.append(Regression(block.forward, block.backward, 0.0 * w, *pair))
+        return tuple(found[:-1]), found[-1][:3]
+
+    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+        xp, (blocks, crosses) = at.xp, moments
+        damped = [block.damped(at.scalar) for block in blocks]
+        found = []
+        for block, after, cross in zip(damped, damped[1:], crosses, strict=False):
+            inverse = after.pinv()
+            assert cross.backward is not None
+            psi = cross.forward @ inverse.forward, cross.backward @ inverse.backward
+            forward, s = _joint_basis(xp, block.forward, psi[0] @ cross.forward.mT)
+            backward, t = _joint_basis(xp, block.backward, psi[1] @ cross.backward.mT)
+            found.append(Regression(forward, backward, _difference(xp, s, t), *psi))
+        zeros = [xp.zeros_like(m) for m in (damped[-1].forward, damped[-1].backward)]
+        ends = [_joint_basis(xp, m, zero) for m, zero in zip(damped[-1][:2], zeros, strict=True)]
+        (forward, s), (backward, t) = ends
+        return tuple(found), (forward, backward, _difference(xp, s, t))
+
+    def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
+        regressions, last = prepared
+        moved = [
+            g - r.psi_backward @ after @ r.psi_forward.mT
+            for r, g, after in zip(regressions, at.gradient, at.gradient[1:], strict=False)
+        ]
+        solved = [_solve(r[:3], v) for r, v in zip((*regressions, last), (*moved, at.gradient[-1]), strict=True)]
+        found = [solved[0]]
+        for r, before, w in zip(regressions, solved, solved[1:], strict=False):
+            found.append(w - r.psi_backward.mT @ before @ r.psi_forward)
+        return tuple(found), prepared
+
+
+def _zero_crosses(params: Tangent) -> list[tuple[Array, Array]]:
+    """Zeros of the shapes of ⟨ā_i ā_{i+1}ᵀ⟩ and ⟨δ_i δ_{i+1}ᵀ⟩."""
+    pairs = []
+    for w, after in itertools.pairwise(params):
+        pairs.append((0.0 * (w.mT[..., :, :1] @ after[..., :1, :]), 0.0 * (w[..., :, :1] @ after.mT[..., :1, :])))
+    return pairs
+
+
+def _joint_basis(xp: Namespace, a: Array, c: Array) -> tuple[Array, Array]:
+    """K = A^{-1/2} E with E, s the eigenpairs of A^{-1/2} C A^{-1/2}, so that Kᵀ A K = 1 and Kᵀ C K = diag(s)."""
+    values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a + 0.0), None)
+    scaled = linalg.reciprocal(xp, xp.sqrt(xp.where(values > 0.0, values, 1.0)), kept & (values > 0.0))
+    root = (vectors * xp.where(xp.isnan(values), xp.nan, scaled)[..., None, :]) @ vectors.mT
+    s, e = linalg.eigh(xp, linalg.symmetric_part(root @ c @ root))
+    return root @ e, s
+
+
+def _difference(xp: Namespace, s: Array, t: Array) -> Array:
+    """1 / (1 − t sᵀ), zero where a layer is determined by the next one."""
+    rest = 1.0 - t[..., :, None] * s[..., None, :]
+    return linalg.reciprocal(xp, rest, rest > 16 * (s.shape[-1] + t.shape[-1]) * _arrays.eps(xp, rest))
+
+
+def _solve(layer: tuple[Array, Array, Array], v: Array) -> Array:
+    """K_2 [(K_2ᵀ V K_1) ∘ scale] K_1ᵀ."""
+    forward, backward, scale = layer
+    return backward @ ((backward.mT @ v @ forward) * scale) @ forward.mT

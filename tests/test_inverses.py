@@ -1,0 +1,269 @@
+"""Inverses with structure of their own: block-tridiagonal, low rank, whitened; and pruning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backends import Backend
+from network_reference import apply, case, losses, on, relative, stack, truth
+from test_optimizers import context
+
+import natgrad_array as ng
+from natgrad_array import deep_linear as dl
+from natgrad_array import optimizers as opts
+from natgrad_array.networks import MLP
+from natgrad_array.optimizers.low_rank import LowRank
+
+
+def covariance(n: int, batch: tuple[int, ...] = (), seed: int = 0) -> np.ndarray:
+    root = np.random.default_rng(seed).standard_normal((*batch, n, 3 * n))
+    return root @ np.swapaxes(root, -1, -2) / (3 * n)
+
+
+# ----------------------------------------------------------------------- block-tridiagonal
+
+
+def dense_inverse(net: Any, params: Any, x: Any, y: Any, damping: float) -> tuple[np.ndarray, Any, list[int]]:
+    """The inverse as a matrix, column by column, and the moments it was made of."""
+    at = context(net, params, x, y, damping)
+    inverse, estimate = opts.BlockTridiagonal(), opts.ExactDirections()
+    seen = estimate.observe(net, params, at.trace, y, None)
+    moments = inverse.moments(seen, estimate)
+    prepared = inverse.refresh(inverse.start(net, params, estimate), moments, seen, estimate, at)
+    ends = np.cumsum([0, *(w.size for w in params)]).tolist()
+    units = np.eye(ends[-1])
+    tangents = tuple(
+        np.swapaxes(units[:, a:b].reshape(-1, w.shape[1], w.shape[0]), -1, -2)
+        for a, b, w in zip(ends, ends[1:], params, strict=False)
+    )
+    found, _ = inverse.apply(prepared, at._replace(gradient=tangents))
+    columns = [np.swapaxes(d, -1, -2).reshape(ends[-1], -1) for d in found]
+    return np.concatenate(columns, axis=-1), moments, ends
+
+
+@pytest.mark.parametrize("name", ["MLP tanh gaussian", "MLP gelu categorical"])
+def test_the_inverse_is_block_tridiagonal_and_its_inverse_has_the_three_diagonals(name: str) -> None:
+    """The two properties that one matrix alone has: the most random one with these three block diagonals."""
+    net, params, x, y = case(name)
+    damping = 0.05
+    found, (blocks, crosses), ends = dense_inverse(net, params, x, y, damping)
+    assert relative(found, found.T) <= 1e-10
+    parts = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    assert np.abs(found[parts[0], parts[2]]).max() <= 1e-10 * np.abs(found).max()
+    matrix = np.linalg.inv(found)
+    for i, block in enumerate(blocks):
+        a, g = block.damped(np.asarray(damping))
+        assert relative(matrix[parts[i], parts[i]], np.kron(a, g)) <= 1e-8
+    for i, (forward, backward) in enumerate(crosses):
+        assert relative(matrix[parts[i], parts[i + 1]], np.kron(forward, backward)) <= 1e-8
+
+
+def test_crosses_of_a_deep_linear_network_are_its_fisher_blocks() -> None:
+    net = MLP((3, 4, 4, 2), activation="identity")
+    x = np.random.default_rng(0).standard_normal((40, 3))
+    params, estimate = net.init(1, like=x), opts.ExactDirections()
+    seen = estimate.observe(net, params, net.forward(params, x), x[:, :2], None)
+    _, crosses = opts.BlockTridiagonal().moments(seen, estimate)
+    exact = dl.fisher(tuple(w[:, :-1] for w in params), ng.GaussianTask.from_samples(x, x[:, :2]))
+    for i, (forward, backward) in enumerate(crosses):
+        assert relative(np.kron(forward[:-1, :-1], backward), exact.block(i, i + 1)) <= 1e-12
+
+
+def test_without_damping_what_the_next_layer_determines_is_left_out() -> None:
+    """Square deep linear layers determine each other: the conditional covariances are zero."""
+    net = MLP((3, 3, 3), activation="identity")
+    x = np.random.default_rng(0).standard_normal((40, 3))
+    params = net.init(1, like=x)
+    found, _, ends = dense_inverse(net, params, x, x, 0.0)
+    assert np.isfinite(found).all()
+    last = net.fisher(params, x).block(1, 1)
+    # The first layer is determined by the last, which keeps its own inverse.
+    assert np.abs(found[: ends[1]]).max() <= 1e-6 * np.abs(found).max()
+    assert relative(found[ends[1] :, ends[1] :], np.linalg.inv(last)) <= 1e-6
+
+
+def test_convolutions_are_refused() -> None:
+    net, params, x, y = case("ConvNet small")
+    optimizer = opts.tridiagonal_kfac()
+    with pytest.raises(ValueError, match="net must have dense layers only for the inverse BlockTridiagonal"):
+        optimizer.step(net, params, optimizer.init(net, params), x, y, 0)
+
+
+# ------------------------------------------------------------------------------- low rank
+
+
+def dense(low: LowRank) -> np.ndarray:
+    r, d, rest = (np.asarray(part) for part in low)
+    return np.swapaxes(r, -1, -2) @ (d[..., None] * r) + rest[..., None, None] * np.eye(r.shape[-1])
+
+
+@pytest.mark.parametrize(("n", "rank"), [(6, 2), (6, 5), (1, 0), (2, 1)])
+def test_one_update_of_the_low_rank_form(backend: Backend, n: int, rank: int) -> None:
+    """Against the power method on dense matrices."""
+    if backend.lazy:
+        pytest.skip("methods of an object: eager here, under jit in the tests of optimizers")
+    s, t = covariance(n, (3,)), covariance(n, (3,), seed=1)
+    tol = 1e-10 if backend.float64 else 1e-4
+    low = LowRank.of(backend.asarray(s), rank)
+    backend.check(low.rows, backend.asarray(s))
+    first = LowRank(*(backend.to_numpy(part) for part in low))
+    new = LowRank(*(backend.to_numpy(part) for part in low.updated(backend.asarray(t), 0.3)))
+    values = np.linalg.eigvalsh(s)
+    np.testing.assert_allclose(np.linalg.eigvalsh(dense(first))[:, n - rank :], values[:, n - rank :], rtol=tol)
+    np.testing.assert_allclose(np.trace(dense(first), axis1=-2, axis2=-1), values.sum(axis=-1), rtol=tol)
+    for b in range(3):
+        total = 0.3 * t[b] + 0.7 * dense(first)[b]
+        np.testing.assert_allclose(np.trace(dense(new)[b]), np.trace(total), rtol=tol)
+        rows = new.rows[b]
+        np.testing.assert_allclose(rows @ rows.T, np.eye(rank), atol=10 * tol)
+        # The span is that of R T, and RFRᵀ the root of (R T)(R T)ᵀ, but for ρ.
+        y = first.rows[b] @ total
+        if rank:
+            wanted = np.linalg.svd(y, compute_uv=False)
+            np.testing.assert_allclose(np.sort(new.excess[b] + new.rest[b])[::-1], wanted, rtol=10 * tol)
+            _, _, vh = np.linalg.svd(y, full_matrices=False)
+            np.testing.assert_allclose(rows.T @ rows, vh.T @ vh, atol=10 * tol)
+
+
+def test_the_smoothed_inverse_keeps_the_size_of_the_batch() -> None:
+    s, t = covariance(6, (3,)), covariance(6, (3,), seed=1)
+    low = LowRank.of(s, 2)
+    found = low.smoothed_inverse(t, 4.0)
+    for b in range(3):
+        f = dense(low)[b]
+        inverse = np.linalg.inv(f + 4.0 * np.trace(f) / 6 * np.eye(6))
+        wanted = inverse * np.sqrt(np.trace(t[b]) / np.trace(inverse @ t[b] @ inverse))
+        assert relative(found[b], wanted) <= 1e-12
+        assert abs(np.trace(found[b] @ t[b] @ found[b]) / np.trace(t[b]) - 1) <= 1e-12
+
+
+def test_with_all_but_one_direction_it_follows_the_moment_itself() -> None:
+    """Of the widest rank, fed with one moment, F tends to that moment; a NaN stays in its member."""
+    s = covariance(5, (2,))
+    s[1, 0, 0] = np.nan
+    low = LowRank.of(covariance(5, (2,), seed=3), 4)
+    for _ in range(400):
+        low = low.updated(s, 0.3)
+    assert relative(dense(low)[0], s[0]) <= 1e-6
+    assert np.isnan(dense(low)[1]).all()
+
+
+def test_each_batch_is_preconditioned_by_those_before_it() -> None:
+    net, params, x, y = case("MLP tanh gaussian")
+    optimizer = opts.ng_sgd(learning_rate=0.0, input_rank=2, output_rank=2, refresh=1)
+    state, rng, sides = optimizer.init(net, params), np.random.default_rng(0), None
+    for _ in range(4):
+        batch = rng.standard_normal(x.shape)
+        rows = np.concatenate([batch, np.ones((len(x), 1))], axis=-1)
+        moment = rows.T @ rows / len(x)
+        _, state, _ = optimizer.step(net, params, state, batch, y)
+        sides = LowRank.of(moment, 2) if sides is None else sides
+        wanted = sides.smoothed_inverse(moment, 4.0)
+        assert relative(state.prepared[1][0][0], wanted) <= 1e-10
+        sides = sides.updated(moment, 0.1)
+
+
+# ------------------------------------------------------------------------------- whitened
+
+
+@pytest.mark.parametrize("deficient", [False, True])
+def test_whitened_descent_is_that_on_the_parameters_of_the_paper(deficient: bool) -> None:
+    """z = V U (h − c) + d, differentiated by JAX in V and d, moved, and written back as W and b."""
+    net, params, x, y = case("MLP tanh gaussian")
+    if deficient:
+        x = np.concatenate([x[:, :1], x[:, :1], 0.0 * x[:, 2:]], axis=-1)
+    rate, damping = 0.1, 0.05
+    hidden, transforms = jnp.asarray(x), []
+    for i, w in enumerate(params):
+        centre = np.asarray(hidden).mean(axis=0)
+        spread = np.asarray(hidden) - centre
+        values, vectors = np.linalg.eigh(spread.T @ spread / len(x))
+        transforms.append((vectors @ np.diag((values + damping) ** -0.5) @ vectors.T, centre))
+        z = hidden @ w[:, :-1].T + w[:, -1]
+        hidden = jnp.tanh(z) if i < len(params) - 1 else z
+
+    def to_weights(vs: Any) -> Any:
+        found = []
+        for (v, d), (u, c) in zip(vs, transforms, strict=True):
+            w = v @ u
+            found.append(jnp.concatenate([w, (d - w @ c)[:, None]], axis=-1))
+        return found
+
+    start = [
+        (w[:, :-1] @ np.linalg.inv(u), w[:, -1] + w[:, :-1] @ c) for w, (u, c) in zip(params, transforms, strict=True)
+    ]
+    assert relative(stack(to_weights(start)), stack(params)) <= 1e-10  # the function is preserved
+    gradient = jax.grad(lambda vs: jnp.mean(losses(net, apply(net, to_weights(vs), x), y)))(start)
+    moved = jax.tree_util.tree_map(lambda p, g: p - rate * g, start, gradient)
+    optimizer = opts.prong(learning_rate=rate, damping=damping, average=0.0)
+    found, _, _ = optimizer.step(net, params, optimizer.init(net, params), x, y)
+    assert relative(stack(found), stack(to_weights(moved))) <= 1e-9
+
+
+def test_whitening_without_damping_leaves_dead_inputs_alone() -> None:
+    net, params, x, y = case("MLP tanh gaussian")
+    x = np.concatenate([x[:, :2], 0.0 * x[:, 2:]], axis=-1)
+    optimizer = opts.prong(damping=0.0, average=0.0)
+    found, _, _ = optimizer.step(net, params, optimizer.init(net, params), x, y)
+    assert np.isfinite(stack(found)).all()
+    np.testing.assert_array_equal(found[0][:, 2], params[0][:, 2])
+
+
+# -------------------------------------------------------------------------------- pruning
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_saliencies_and_corrections_are_those_of_the_dense_inverse(backend: Backend, damping: float) -> None:
+    if backend.lazy or not backend.float64:
+        pytest.skip("values are compared one by one here")
+    net, params, x, y = case("MLP tanh gaussian")
+    estimate = opts.ExactDirections()
+    factors = estimate.factors(estimate.observe(net, params, net.forward(params, x), y, None))
+    wanted, inverses = [], []
+    for w, block in zip(params, factors, strict=True):
+        a, g = block.damped(np.asarray(damping))
+        inverses.append(np.linalg.pinv(np.kron(a, g), rcond=1e-11))
+        wanted.append(0.5 * w.T.reshape(-1) ** 2 / np.diag(inverses[-1]))
+    moved, given, inputs, _ = on(backend, case("MLP tanh gaussian"))
+    found = opts.saliencies(moved, given, inputs, damping=damping)
+    for a, b in zip(found, wanted, strict=True):
+        assert relative(backend.to_numpy(a).T.reshape(-1), b) <= 1e-6
+    removed = opts.prune(moved, given, inputs, damping=damping)
+    i, row, column = (int(part) for part in removed[2:])
+    w = params[i]
+    q = column * w.shape[0] + row
+    least = min(s.min() for s in wanted)
+    assert relative(backend.to_numpy(removed.saliency), np.asarray(least)) <= 1e-6
+    change = -w[row, column] * inverses[i][:, q] / inverses[i][q, q]
+    for j, (new, old) in enumerate(zip(removed.params, params, strict=True)):
+        expected = old + (change.reshape(old.shape[::-1]).T if j == i else 0.0)
+        assert relative(backend.to_numpy(new), expected) <= 1e-8
+    assert backend.to_numpy(removed.params[i])[row, column] == 0.0
+
+
+def test_each_member_loses_its_own_parameter() -> None:
+    net = MLP((3, 4, 2))
+    x = np.random.default_rng(0).standard_normal((30, 3))
+    params = net.init(0, (5,), like=x)
+    params[0][3, 0, 0] = np.nan
+    removed = opts.prune(net, params, x, damping=1e-3)
+    for b in (0, 1, 2, 4):
+        alone = opts.prune(net, tuple(w[b] for w in params), x, damping=1e-3)
+        for a, c in zip(alone.params, removed.params, strict=True):
+            assert relative(c[b], a) <= 1e-10
+        zeros = sum(int((w[b] == 0.0).sum()) for w in removed.params)
+        assert zeros == 1 + sum(int((w[b] == 0.0).sum()) for w in params)
+
+
+def test_a_parameter_that_nothing_depends_on_is_not_judged() -> None:
+    """Without damping the pseudo-inverse knows nothing of it; F of the rest is that of JAX."""
+    net, params, x, _ = case("MLP tanh gaussian")
+    x = np.concatenate([x[:, :2], 0.0 * x[:, 2:]], axis=-1)
+    found = opts.saliencies(net, params, x)
+    assert np.isinf(found[0][:, 2]).all()
+    assert np.isfinite(found[0][:, :2]).all()
+    assert truth("MLP tanh gaussian").fisher.shape[0] == sum(w.size for w in params)
