@@ -721,23 +721,29 @@ BLAS_THREADS_FROM = 64
 """OpenBLAS gives products of larger matrices threads of its own."""
 
 
-def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> bool:
+def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape], *, one_by_one: bool = False) -> bool:
     """Whether `in_pieces` makes more than one piece."""
     if not is_numpy(arrays[0]):
         return False
     largest = max(side for core in cores for side in core)
-    if not 16 <= largest <= BLAS_THREADS_FROM:
+    if largest < 16 or (largest > BLAS_THREADS_FROM and not one_by_one):
         return False
     batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
     return max(batch, default=1) > 1 and math.prod(batch) * _member_bytes(arrays, cores) > PIECE_BYTES
 
 
 def _member_bytes(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
-    return int(max(math.prod(core) for core in cores) * arrays[0].dtype.itemsize)
+    """Bytes of the largest matrix of one member."""
+    sizes = [math.prod(array.shape[-2:]) for array in arrays] + [math.prod(core) for core in cores]
+    return int(max(sizes) * arrays[0].dtype.itemsize)
 
 
 def in_pieces(
-    function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], cores: Sequence[Shape]
+    function: Callable[..., tuple[Array, ...]],
+    arrays: tuple[Array, ...],
+    cores: Sequence[Shape],
+    *,
+    one_by_one: bool = False,
 ) -> tuple[Array, ...]:
     """Apply a function of stacks of matrices; on NumPy to pieces of the stacks, in threads.
 
@@ -754,13 +760,17 @@ def in_pieces(
         Batch axes may still have to broadcast.
     cores : sequence of tuple of int
         The core shapes of what `function` returns.
+    one_by_one : bool
+        Whether pieces of large matrices, for which BLAS has threads, are made one after the
+        other; they are left whole without.
     """
-    if not pays_in_pieces(arrays, cores):
+    if not pays_in_pieces(arrays, cores, one_by_one=one_by_one):
         return function(*arrays)
     batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
     length = max(batch)
     count = min(length, -(-math.prod(batch) * _member_bytes(arrays, cores) // PIECE_BYTES))
-    threads = min(usable_threads(), count)
+    small = max(side for core in cores for side in core) <= BLAS_THREADS_FROM
+    threads = min(usable_threads(), count) if small else 1
     count = min(length, -(-count // threads) * threads)
     axis = batch.index(length) - len(batch) - 2
     results = tuple(np.empty((*batch, *core), dtype=arrays[0].dtype) for core in cores)

@@ -211,32 +211,44 @@ def covariance(
     elif shrinkage is not None:
         _check_number("shrinkage", shrinkage, largest=1, expected="None, a number in [0, 1], 'ledoit_wolf' or 'oas'")
     n = x.shape[-2]
-    spread = None
     if weights is None:
-        kurtosis = shrinkage == "ledoit_wolf"
-        divisor = n - correction if n > correction else xp.nan
-        if assume_centered:
-            cov = _arrays.gram(xp, x, divisor)
-            if kurtosis:
-                spread = _spread(xp, xp.vecdot(x, x), cov)
-        else:
-            cov, spread = _centred_gram(xp, x, divisor, kurtosis=kurtosis)
+
+        def of(part: Array) -> tuple[Array]:
+            return (_equally_weighted(xp, part, n - correction, assume_centered, shrinkage),)
+
+        p = int(x.shape[-1])
+        return _arrays.in_pieces(of, (x,), [(p, p)], one_by_one=True)[0]
+    fractions, _, squares = _normalise(xp, weights)
+    root = xp.sqrt(fractions)[..., None]
+    if assume_centered:
+        centred = x * root
     else:
-        fractions, _, squares = _normalise(xp, weights)
-        root = xp.sqrt(fractions)[..., None]
-        if assume_centered:
-            centred = x * root
-        else:
-            centred = _centre(xp, x, fractions)[1]
-            centred *= root
-        divisor = 1.0 - correction * squares
-        cov = _arrays.gram(xp, centred, xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None])
+        centred = _centre(xp, x, fractions)[1]
+        centred *= root
+    divisor = 1.0 - correction * squares
+    cov = _arrays.gram(xp, centred, xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None])
+    return cov if shrinkage is None else _shrink(xp, cov, float(shrinkage))
+
+
+def _equally_weighted(
+    xp: Namespace, x: Array, divisor: float, assume_centered: bool, shrinkage: float | str | None
+) -> Array:
+    """`covariance` of samples that all count the same."""
+    n, kurtosis, spread = x.shape[-2], shrinkage == "ledoit_wolf", None
+    divisor = divisor if divisor > 0.0 else xp.nan
+    if assume_centered:
+        cov = _arrays.gram(xp, x, divisor)
+        if kurtosis:
+            spread = _spread(xp, xp.vecdot(x, x), cov)
+    else:
+        cov, spread = _centred_gram(xp, x, divisor, kurtosis=kurtosis)
     if shrinkage is None:
         return cov
-    if shrinkage == "ledoit_wolf":
+    if kurtosis:
         return _shrink(xp, cov, _ledoit_wolf(xp, n, spread, cov))
     if shrinkage == "oas":
         return _shrink(xp, cov, _oas(xp, n, cov))
+    assert not isinstance(shrinkage, str)
     return _shrink(xp, cov, float(shrinkage))
 
 
@@ -315,7 +327,9 @@ class Moments(NamedTuple):
         xp, x, weights = _check_weighted_samples(x, weights)
         n = x.shape[-2]
         if weights is None:
-            scatter, mean = _centred_gram(xp, x, 1)
+            p = int(x.shape[-1])
+            cores = [(p, p), (1, p)]
+            scatter, mean = _arrays.in_pieces(lambda part: _centred_gram(xp, part, 1), (x,), cores, one_by_one=True)
             # Two arrays, not one twice: JAX does not donate a buffer that appears again.
             count, squares = (
                 xp.full(tuple(x.shape[:-2]), n, dtype=x.dtype, device=_arrays.device(x)) for _ in range(2)
