@@ -160,8 +160,12 @@ class ModelSampled(Estimate):
 
     Parameters
     ----------
-    average, share, convolution
-        As for every estimate.
+    average : float
+        How much of the old moments is kept at most, in [0, 1).
+    share : float
+        The part of the batch, from its start, that is looked at, in (0, 1].
+    convolution : {"expand", "reduce"}
+        How the positions of a convolution enter.
     n_samples : int
         How many targets are drawn for each input.
 
@@ -187,7 +191,17 @@ class ModelSampled(Estimate):
 
 @dataclass(frozen=True)
 class ExactDirections(Estimate):
-    """Every output direction, no sampling: n_L backward passes, and the exact moments."""
+    """Every output direction, no sampling: n_L backward passes, and the exact moments.
+
+    Parameters
+    ----------
+    average : float
+        How much of the old moments is kept at most, in [0, 1).
+    share : float
+        The part of the batch, from its start, that is looked at, in (0, 1].
+    convolution : {"expand", "reduce"}
+        How the positions of a convolution enter.
+    """
 
     def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array:
         root = net.likelihood.metric_root(trace.output)
@@ -196,7 +210,17 @@ class ExactDirections(Estimate):
 
 @dataclass(frozen=True)
 class Empirical(Estimate):
-    """The data's own errors: the empirical Fisher information, which is another matrix."""
+    """The data's own errors: the empirical Fisher information, which is another matrix.
+
+    Parameters
+    ----------
+    average : float
+        How much of the old moments is kept at most, in [0, 1).
+    share : float
+        The part of the batch, from its start, that is looked at, in (0, 1].
+    convolution : {"expand", "reduce"}
+        How the positions of a convolution enter.
+    """
 
     def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array:
         samples = y.shape[-1] if net.likelihood.name == "categorical" else y.shape[-2]
@@ -207,7 +231,17 @@ class Empirical(Estimate):
 
 @dataclass(frozen=True)
 class InputsOnly(Estimate):
-    """The identity in place of the moment of errors, as in FOOF (Benzing 2022)."""
+    """The identity in place of the moment of errors, as in FOOF (Benzing 2022).
+
+    Parameters
+    ----------
+    average : float
+        How much of the old moments is kept at most, in [0, 1).
+    share : float
+        The part of the batch, from its start, that is looked at, in (0, 1].
+    convolution : {"expand", "reduce"}
+        How the positions of a convolution enter.
+    """
 
     has_errors: ClassVar[bool] = False
 

@@ -70,32 +70,140 @@ class Inverse:
     needs_errors: ClassVar[bool] = False
     """Whether the estimate has to send errors back."""
 
-    def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
-        """The quantities that are averaged over batches, in nested tuples."""
-        return ()
+    remembers: ClassVar[bool] = False
+    """Whether it works on what it made in earlier steps."""
 
-    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
-        """What there is before the first refresh, of the same structure as after it."""
+    def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
+        """Compute the quantities that are averaged over batches.
+
+        Parameters
+        ----------
+        statistics : Statistics
+            What the estimate saw of a batch.
+        estimate : Estimate
+            It.
+
+        Returns
+        -------
+        tuple
+            Arrays in nested tuples.
+        """
         return ()
 
     def start_moments(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
-        """Moments of zeros."""
+        """Make moments of zeros.
+
+        Parameters
+        ----------
+        net : Network
+            The layers and the likelihood.
+        params : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            Arrays like the parameters, with the batch axes of the whole ensemble.
+        estimate : Estimate
+            Where moments will come from.
+
+        Returns
+        -------
+        tuple
+            Of the structure and shapes of `moments`.
+        """
+        return ()
+
+    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+        """Make what there is before the first refresh.
+
+        Parameters
+        ----------
+        net : Network
+            The layers and the likelihood.
+        params : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            Arrays like the parameters, with the batch axes of the whole ensemble.
+        estimate : Estimate
+            Where moments will come from.
+
+        Returns
+        -------
+        tuple
+            Of the same structure and shapes as after a refresh.
+        """
         return ()
 
     def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
-        """Make something new of the moments."""
+        """Make something new of the moments.
+
+        Parameters
+        ----------
+        prepared : tuple
+            What was made before.
+        moments : tuple
+            The averaged moments.
+        statistics : Statistics
+            What the estimate saw of this batch.
+        estimate : Estimate
+            It.
+        at : Context
+            Where the optimizer is.
+
+        Returns
+        -------
+        tuple
+            What `apply` works with.
+        """
         return prepared
 
     def follow(self, prepared: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
-        """What happens to it in the steps between."""
+        """Keep up with a batch between two refreshes.
+
+        Parameters
+        ----------
+        prepared : tuple
+            What was made before.
+        statistics : Statistics
+            What the estimate saw of this batch.
+        estimate : Estimate
+            It.
+        at : Context
+            Where the optimizer is.
+
+        Returns
+        -------
+        tuple
+            What `apply` works with.
+        """
         return prepared
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
-        """The direction of the gradient, and what is kept."""
+        """Turn the gradient into a direction.
+
+        Parameters
+        ----------
+        prepared : tuple
+            What `refresh` or `follow` made.
+        at : Context
+            Where the optimizer is, the gradient included.
+
+        Returns
+        -------
+        direction : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            Descent subtracts it.
+        prepared : tuple
+            What is kept.
+        """
         return at.gradient, prepared
 
     def ranks(self, prepared: Any) -> tuple[Any, ...]:
-        """The ranks of each layer's two moments, where the inverse decides on them."""
+        """Report the ranks of each layer's two moments, where the inverse decides on them.
+
+        Parameters
+        ----------
+        prepared : tuple
+            What `apply` worked with.
+
+        Returns
+        -------
+        tuple of pairs of arrays, shapes (*batch,)
+            Empty where there are none.
+        """
         return ()
 
 
@@ -332,6 +440,8 @@ class Adam(Inverse):
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if not self.eps >= 0.0:
             raise ValueError(f"eps must be at least 0, got {self.eps}")
+
+    remembers: ClassVar[bool] = True
 
     def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
         zeros = tuple(_arrays.namespace(w).zeros_like(w) for w in params)

@@ -84,7 +84,7 @@ class LowRank(NamedTuple):
         Returns
         -------
         LowRank
-            Of the trace of η S + (1 − η) F.
+            Of the trace of η S + (1 − η) F, unless the root of C alone has more.
         """
         xp, (rank, d) = _arrays.namespace(moment), self.rows.shape[-2:]
         total = eta * xp.linalg.trace(moment) + (1.0 - eta) * self.trace()
@@ -93,7 +93,7 @@ class LowRank(NamedTuple):
         own = (self.excess + self.rest[..., None])[..., None] * self.rows
         y = eta * (self.rows @ moment) + (1.0 - eta) * own
         squares, u = linalg.eigh(xp, linalg.symmetric_part(y @ y.mT))
-        scale = xp.sqrt(xp.where(squares > 0.0, squares, xp.where(xp.isnan(squares), xp.nan, 0.0)))
+        scale = xp.sqrt(xp.where(squares < 0.0, 0.0, squares))
         floor = d * _arrays.eps(xp, y) * xp.max(scale, axis=-1, keepdims=True)
         found = scale > floor
         rows = linalg.reciprocal(xp, scale, found)[..., None] * (u.mT @ y)
@@ -160,6 +160,7 @@ class LowRankOnline(Inverse):
 
     uses_statistics: ClassVar[bool] = True
     needs_errors: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("input_rank", "output_rank"):

@@ -121,7 +121,7 @@ def _adaptive(damping: float | Array, share: float) -> LevenbergMarquardt:
     """The policy of section 6.5 of Martens and Grosse (2015)."""
     factor = (19.0 / 20.0) ** 5
     return LevenbergMarquardt(
-        damping, prediction="damped", grow=1.0 / factor, shrink=factor, every=5, share=share, minimum=1e-9
+        damping, prediction="damped", grow=1.0 / factor, shrink=factor, every=5, reject=True, share=share, minimum=1e-9
     )
 
 

@@ -91,7 +91,7 @@ def _saliencies(
         diagonal = back[..., :, None] * forth[..., None, :]
         safe = xp.where(diagonal > 0.0, diagonal, 1.0)
         # Where the pseudo-inverse has nothing, nothing is known of the parameter.
-        cost = xp.where(diagonal > 0.0, 0.5 * w * w / safe, xp.where(xp.isnan(diagonal), xp.nan, xp.inf))
+        cost = xp.where(diagonal > 0.0, 0.5 * w * w / safe, xp.inf + diagonal)
         found.append(cost)
     return tuple(found), inverses
 

@@ -56,7 +56,22 @@ class Scaling:
     """What all step rules share."""
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
-        """Turn a direction into a change of the parameters; `previous` is the last change made."""
+        """Turn a direction into a change of the parameters.
+
+        Parameters
+        ----------
+        direction : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            What the inverse made of the gradient.
+        previous : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            The last change that was made.
+        at : Context
+            Where the optimizer is.
+
+        Returns
+        -------
+        Change
+            Before it is made.
+        """
         raise NotImplementedError("a step rule says how far it goes")
 
 
@@ -90,7 +105,6 @@ class Fixed(Scaling):
         return rate + at.xp.zeros_like(at.damping)
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
-        """Go down the direction."""
         rate = self._rate(at)
         scalar = rate[..., None, None]
         change = tuple(self.momentum * p - scalar * d for p, d in zip(previous, direction, strict=True))
@@ -104,7 +118,15 @@ def _check_momentum(value: float) -> None:
 
 @dataclass(frozen=True)
 class PerLayer(Fixed):
-    """A learning rate divided by the number of layers: the step of the layerwise rule (Eq 42)."""
+    """A learning rate divided by the number of layers: the step of the layerwise rule (Eq 42).
+
+    Parameters
+    ----------
+    learning_rate : float or array of shape (*batch,)
+        α, of which each layer takes one L-th.
+    momentum : float
+        How much of the last change is added, in [0, 1).
+    """
 
     def _rate(self, at: Context) -> Array:
         return super()._rate(at) / len(at.params)
@@ -119,8 +141,10 @@ class NormBound(Fixed):
 
     Parameters
     ----------
-    learning_rate, momentum
-        As for `Fixed`.
+    learning_rate : float or array of shape (*batch,)
+        The largest share of the direction.
+    momentum : float
+        How much of the last change is added, in [0, 1).
     bound : float
         Of the squared length.
     """
@@ -136,7 +160,6 @@ class NormBound(Fixed):
         return super()._rate(at)
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
-        """Go down the direction, as far as the bound allows."""
         xp, rate = at.xp, self._rate(at)
         square = dot(xp, at.gradient, direction)
         allowed = xp.sqrt(self.bound / xp.where(square > 0.0, square, 1.0))
@@ -170,7 +193,6 @@ class QuadraticModel(Scaling):
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
-        """Solve for both coefficients."""
         xp, trace = at.xp, part_of(at, self.share)
         ways = [direction, previous] if self.momentum else [direction]
         stacked = tuple(xp.stack(xp.broadcast_arrays(*arrays)) for arrays in zip(*ways, strict=True))
@@ -235,7 +257,25 @@ class Damping:
     uses_new_loss = False
 
     def start(self, xp: Namespace, like: Array) -> Array:
-        """The first damping of every member, of the shape of `like`."""
+        """Make the first damping of every member.
+
+        Parameters
+        ----------
+        xp : namespace
+            Of the arrays.
+        like : array, shape (*batch,)
+            Gives dtype, device and the shape of the ensemble.
+
+        Returns
+        -------
+        array, shape (*batch,)
+            The damping.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `initial` is negative, or does not broadcast to the ensemble.
+        """
         value = _arrays.check_nonnegative("damping", self.initial, xp, like, batch=tuple(like.shape))
         return value + xp.zeros_like(like)
 
@@ -276,7 +316,7 @@ class LevenbergMarquardt(Damping):
     grow, shrink : float
         What it is multiplied by then.
     every : int
-        Steps between changes.
+        Steps between changes; a step that is taken back changes it at once.
     reject : bool
         Whether a step that raises the loss, or makes it NaN, is taken back.
     share : float
@@ -356,12 +396,13 @@ class LevenbergMarquardt(Damping):
         # Rounding alone moves a loss by a few eps of itself: a smaller promise proves nothing.
         silent = xp.abs(predicted) <= 8 * _arrays.eps(xp, loss) * xp.abs(loss)
         ratio = xp.where(silent & (xp.abs(loss - new_loss) <= 16 * _arrays.eps(xp, loss) * xp.abs(loss)), 1.0, ratio)
-        bad = ~xp.isfinite(new_loss) | (ratio < self.lower)
-        good = ratio > self.upper
-        damping = at.damping * xp.where(bad, self.grow, xp.where(good, self.shrink, 1.0))
+        # A step that the model itself expects to do harm is no proof of the model.
+        bad = ~xp.isfinite(new_loss) | (ratio < self.lower) | ((predicted <= 0.0) & ~silent)
+        good = ~bad & (ratio > self.upper)
+        accepted = (new_loss <= loss) if self.reject else xp.ones_like(loss) > 0.0
+        damping = xp.where(bad, self.grow * at.damping, xp.where(good, self.shrink * at.damping, at.damping))
         damping = xp.where(damping < self.minimum, self.minimum, damping)
         if self.every > 1:
-            due = (at.count + 1.0) % self.every == 0.0
+            due = ((at.count + 1.0) % self.every == 0.0) | ~accepted
             damping = xp.where(due, damping, at.damping)
-        accepted = (new_loss <= loss) if self.reject else xp.ones_like(loss) > 0.0
         return Verdict(damping, ratio, accepted)

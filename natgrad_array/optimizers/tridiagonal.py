@@ -89,13 +89,11 @@ class BlockTridiagonal(Inverse):
             inverse = after.pinv()
             assert cross.backward is not None
             psi = cross.forward @ inverse.forward, cross.backward @ inverse.backward
-            forward, s = _joint_basis(xp, block.forward, psi[0] @ cross.forward.mT)
-            backward, t = _joint_basis(xp, block.backward, psi[1] @ cross.backward.mT)
-            found.append(Regression(forward, backward, _difference(xp, s, t), *psi))
-        zeros = [xp.zeros_like(m) for m in (damped[-1].forward, damped[-1].backward)]
-        ends = [_joint_basis(xp, m, zero) for m, zero in zip(damped[-1][:2], zeros, strict=True)]
-        (forward, s), (backward, t) = ends
-        return tuple(found), (forward, backward, _difference(xp, s, t))
+            forward = _joint_basis(xp, block.forward, psi[0] @ cross.forward.mT)
+            backward = _joint_basis(xp, block.backward, psi[1] @ cross.backward.mT)
+            found.append(Regression(forward[0], backward[0], _difference(xp, forward, backward), *psi))
+        forward, backward = (_joint_basis(xp, m, 0.0 * m) for m in damped[-1])
+        return tuple(found), (forward[0], backward[0], _difference(xp, forward, backward))
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
         regressions, last = prepared
@@ -118,19 +116,24 @@ def _zero_crosses(params: Tangent) -> list[tuple[Array, Array]]:
     return pairs
 
 
-def _joint_basis(xp: Namespace, a: Array, c: Array) -> tuple[Array, Array]:
-    """K = A^{-1/2} E with E, s the eigenpairs of A^{-1/2} C A^{-1/2}, so that Kᵀ A K = 1 and Kᵀ C K = diag(s)."""
+def _joint_basis(xp: Namespace, a: Array, c: Array) -> tuple[Array, Array, Array]:
+    """K = A^{-1/2} E with E, s the eigenpairs of A^{-1/2} C A^{-1/2}, s, and the rounding of s.
+
+    Kᵀ A K = 1 and Kᵀ C K = diag(s), on the range of A.
+    """
     values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a + 0.0), None)
-    scaled = linalg.reciprocal(xp, xp.sqrt(xp.where(values > 0.0, values, 1.0)), kept & (values > 0.0))
-    root = (vectors * xp.where(xp.isnan(values), xp.nan, scaled)[..., None, :]) @ vectors.mT
+    kept = kept & (values > 0.0)
+    scaled = linalg.reciprocal(xp, xp.sqrt(xp.where(values < 0.0, 0.0, values)), kept)
+    root = (vectors * scaled[..., None, :]) @ vectors.mT
     s, e = linalg.eigh(xp, linalg.symmetric_part(root @ c @ root))
-    return root @ e, s
+    condition = xp.max(values, axis=-1) * xp.max(scaled, axis=-1) ** 2
+    return root @ e, s, 8 * a.shape[-1] * _arrays.eps(xp, s) * condition[..., None, None]
 
 
-def _difference(xp: Namespace, s: Array, t: Array) -> Array:
-    """1 / (1 − t sᵀ), zero where a layer is determined by the next one."""
-    rest = 1.0 - t[..., :, None] * s[..., None, :]
-    return linalg.reciprocal(xp, rest, rest > 16 * (s.shape[-1] + t.shape[-1]) * _arrays.eps(xp, rest))
+def _difference(xp: Namespace, forward: tuple[Array, ...], backward: tuple[Array, ...]) -> Array:
+    """1 / (1 − t sᵀ), zero where a layer is determined by the next one up to rounding."""
+    rest = 1.0 - backward[1][..., :, None] * forward[1][..., None, :]
+    return linalg.reciprocal(xp, rest, rest > forward[2] + backward[2])
 
 
 def _solve(layer: tuple[Array, Array, Array], v: Array) -> Array:
