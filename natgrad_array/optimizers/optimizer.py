@@ -109,7 +109,7 @@ class Optimizer:
     >>> params = net.init(0, (5,), like=x)
     >>> opt = ng.optimizers.natural_gradient()
     >>> state = opt.init(net, params)
-    >>> for _ in range(30):
+    >>> for _ in range(20):
     ...     params, state, info = opt.step(net, params, state, x, y, rng)
     >>> bool(np.all(net.loss(params, x, y) < 0.1 * np.mean(y**2)))
     True
