@@ -32,6 +32,23 @@ class Support(NamedTuple):
 _STACKED = ("numpy", "cupy", "torch", "jax")
 _DRAWS = "inside jit: a JAX key, not a seed or a NumPy generator"
 
+_OPTIMIZERS = {
+    "Optimizer": f"init; step {_DRAWS}",
+    "natural_gradient": _DRAWS,
+    "kfac": _DRAWS,
+    "tridiagonal_kfac": _DRAWS,
+    "ekfac": _DRAWS,
+    "foof": "",
+    "heskes": "",
+    "ng_sgd": "",
+    "prong": "",
+    "bounded_kfac": "",
+    "sgd": "",
+    "adam": "",
+    "prune": "",
+    "saliencies": "",
+}
+
 SUPPORT = (
     Support("second_moment", LIBRARIES, True),
     Support("covariance", LIBRARIES, True),
@@ -78,4 +95,5 @@ SUPPORT = (
     Support("FisherComparison", _STACKED, True),
     Support("sampled_fisher", _STACKED, True, _DRAWS),
     Support("empirical_fisher", _STACKED, True),
+    *(Support(f"optimizers.{name}", _STACKED, True, note) for name, note in _OPTIMIZERS.items()),
 )

@@ -29,9 +29,12 @@ def read(path):
 def public_callables():
     """Shortest paths from the package to everything public that can be called."""
     names = {}
-    for prefix, module in (("deep_linear.", ng.deep_linear), ("networks.", ng.networks), ("", ng)):
+    rooms = (("deep_linear.", ng.deep_linear), ("networks.", ng.networks), ("optimizers.", ng.optimizers), ("", ng))
+    for prefix, module in rooms:
         names |= {value: prefix + name for name in module.__all__ if callable(value := getattr(module, name))}
-    return set(names.values())
+    # What an optimizer is made of works where the presets made of it do.
+    parts = {f"optimizers.{name}" for name in ng.optimizers.__all__ if name[0].isupper() and name != "Optimizer"}
+    return set(names.values()) - parts
 
 
 def resolve(path):

@@ -22,6 +22,8 @@ from recording import EXTENSIONS, Call, complaint, record
 import natgrad_array as ng
 from natgrad_array import deep_linear as dl
 from natgrad_array import networks as nn
+from natgrad_array import optimizers as opts
+from natgrad_array.optimizers.presets import PRESETS
 
 CUPY = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy has no build for this system")
 SIZES = {"wide": (4, 6, 5, 3), "intermediate": (6, 5, 4, 3), "bottleneck": (5, 2, 4)}
@@ -102,6 +104,18 @@ def problem(batch: int, name: str) -> tuple[nn.Network, tuple[np.ndarray, ...], 
     outputs = normal(2, batch, 5, net.n_outputs)
     y = {"gaussian": outputs, "bernoulli": (outputs > 0.0) + 0.0, "categorical": outputs.argmax(axis=-1)}
     return net, net.init(0, (batch,), like=x), x, y[net.likelihood.name]
+
+
+def of_optimizer(make: Callable[[], Any]) -> Callable[[int], Callable[[], Any]]:
+    """One step of an optimizer."""
+
+    def of(batch: int) -> Callable[[], Any]:
+        net, params, x, y = problem(batch, "MLP")
+        optimizer = make()
+        state, rng = optimizer.init(net, params), np.random.default_rng(0)
+        return lambda: optimizer.step(net, params, state, x, y, rng)
+
+    return of
 
 
 def of_network(method: str, *names: str) -> Callable[[str], Callable[[int], Callable[[], Any]]]:
@@ -290,6 +304,16 @@ CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "networks.Gaussian.metric_root": lambda b: deferred(nn.Gaussian(psd(b, 3)).metric_root, normal(0, b, 5, 3)),
     "networks.Bernoulli.sample": lambda b: deferred(nn.Bernoulli().sample, normal(0, b, 5, 3), 0, draws=(2,)),
     "networks.Categorical.sample": lambda b: deferred(nn.Categorical().sample, normal(0, b, 5, 3), 0, draws=(2,)),
+    # optimizers
+    **{f"optimizers.{name}": of_optimizer(make) for name, make in PRESETS.items()},
+    **{
+        f"optimizers.{type(inverse).__name__}": of_optimizer(
+            lambda inverse=inverse: opts.Optimizer(opts.Empirical(), inverse)
+        )
+        for inverse in (opts.MoorePenrose(), opts.FullFisher())
+    },
+    "optimizers.saliencies": lambda b: deferred(opts.saliencies, *problem(b, "MLP")[:3]),
+    "optimizers.prune": lambda b: deferred(opts.prune, *problem(b, "MLP")[:3]),
     # the Fisher information of networks
     **{
         f"NetworkFisher.{method}, {name}": of(name)

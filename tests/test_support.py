@@ -12,6 +12,7 @@ from backends import DASK, JAX_JIT, NUMPY
 
 import natgrad_array as ng
 from natgrad_array import _support
+from natgrad_array.optimizers.presets import PRESETS
 
 RNG = np.random.default_rng(3)
 X, Y = RNG.standard_normal((2, 20, 4)), RNG.standard_normal((2, 20, 3))
@@ -71,7 +72,7 @@ def check_layerwise(w1, w2, x, y):
     return report.residual, report.cosine, report.length
 
 
-dl, nn = ng.deep_linear, ng.networks
+dl, nn, opts = ng.deep_linear, ng.networks, ng.optimizers
 IMAGES = RNG.standard_normal((2, 6, 4, 4, 2))
 CLASSES = np.asarray([0, 1, 2, 1, 0, 2])
 MLP = nn.MLP((4, 5, 3), activation="softplus", likelihood="bernoulli")
@@ -112,6 +113,22 @@ def drawn(net, params, x, y):
     xp = ng.linalg._arrays.namespace(x)
     estimate = ng.sampled_fisher(net, params, x, xp.asarray(noise), n_samples=3)
     return estimate.to_dense(), estimate.standard_error()
+
+
+def trained(make):
+    """Two steps of an optimizer with noise already drawn."""
+
+    def call(net, params, x, y):
+        optimizer = make()
+        samples = int(np.ceil(optimizer.estimate.share * x.shape[-2]))
+        xp = ng.linalg._arrays.namespace(x)
+        noise = xp.asarray(np.random.default_rng(0).standard_normal((1, 2, samples, 3, 2)))
+        state = optimizer.init(net, params)
+        for _ in range(2):
+            params, state, info = optimizer.step(net, params, state, x, y, noise)
+        return params, info.loss, info.damping
+
+    return call
 
 
 CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -179,6 +196,10 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ),
     ),
     "sampled_fisher": on_params(MLP, drawn),
+    **{f"optimizers.{name}": on_params(MLP, trained(make)) for name, make in PRESETS.items()},
+    "optimizers.Optimizer": on_params(MLP, trained(lambda: opts.Optimizer(opts.Empirical(), opts.MoorePenrose(1e-6)))),
+    "optimizers.prune": on_params(MLP, lambda net, params, x, y: tuple(opts.prune(net, params, x, damping=0.1))),
+    "optimizers.saliencies": on_params(MLP, lambda net, params, x, y: opts.saliencies(net, params, x, damping=0.1)),
     "empirical_fisher": on_params(MLP, fisher_of(ng.empirical_fisher)),
 }
 ROWS = {row.name: row for row in _support.SUPPORT}
