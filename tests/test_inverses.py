@@ -34,7 +34,7 @@ def dense_inverse(net: Any, params: Any, x: Any, y: Any, damping: float) -> tupl
     inverse, estimate = opts.BlockTridiagonal(), opts.ExactDirections()
     seen = estimate.observe(net, params, at.trace, y, None)
     moments = inverse.moments(seen, estimate)
-    prepared = inverse.refresh(inverse.start(net, params, estimate), moments, seen, estimate, at)
+    prepared = inverse.refresh(inverse.start(params, estimate), moments, seen, estimate, at)
     ends = np.cumsum([0, *(w.size for w in params)]).tolist()
     units = np.eye(ends[-1])
     tangents = tuple(

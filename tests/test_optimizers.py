@@ -198,7 +198,7 @@ def apply_inverse(inverse: Any, name: str, estimate: opts.Estimate, damping: flo
     at = context(net, params, x, y, damping)
     seen = estimate.observe(net, params, at.trace, y, 0)
     moments = inverse.moments(seen, estimate)
-    prepared = inverse.start(net, params, estimate)
+    prepared = inverse.start(params, estimate)
     prepared = inverse.refresh(prepared, moments, seen, estimate, at)
     return inverse.apply(prepared, at), estimate.factors(seen), at.gradient
 
@@ -509,6 +509,60 @@ def test_on_every_library(backend: Backend, dtype: str, name: str) -> None:
         backend.check(a, like[0])
         assert relative(backend.to_numpy(a), b) <= tol
     assert relative(backend.to_numpy(info.loss), told.loss) <= tol
+
+
+# ------------------------------------------------------------------- networks from elsewhere
+
+
+@pytest.mark.parametrize("name", ["foof", "prong", "ng_sgd", "bounded_kfac", "sgd", "adam"])
+def test_updates_of_a_torch_module_are_the_steps_of_the_same_network(name: str) -> None:
+    """Activations and errors by torch's own hooks and autodiff."""
+    net, params, x, y = case("MLP tanh gaussian")
+    optimizer = PRESETS[name]()
+    wanted, reference, state = params, optimizer.init(net, params), None
+    module = torch.nn.Sequential(*(torch.nn.Linear(w.shape[1] - 1, w.shape[0], dtype=torch.float64) for w in params))
+    for _ in range(5):
+        layers, inputs, outputs, a = list(module), [], [], torch.tensor(x)
+        for i, (layer, w) in enumerate(zip(layers, wanted, strict=True)):
+            layer.weight.data, layer.bias.data = torch.tensor(w[:, :-1]), torch.tensor(w[:, -1])
+            inputs.append(a.detach())
+            outputs.append(layer(a))
+            a = torch.tanh(outputs[-1]) if i < len(layers) - 1 else outputs[-1]
+        errors = torch.autograd.grad(0.5 * ((torch.tensor(y) - a) ** 2).sum(), outputs)
+        gradient = [
+            d.T @ torch.cat([b, torch.ones(len(b), 1)], -1) / len(x) for d, b in zip(errors, inputs, strict=True)
+        ]
+        seen = opts.Statistics.of(inputs, errors)
+        found, state, info = optimizer.update([torch.tensor(w) for w in wanted], state, gradient, seen)
+        wanted, reference, _ = optimizer.step(net, wanted, reference, x, y, 0)
+        assert info.loss is None
+        for a, b in zip(found, wanted, strict=True):
+            assert relative(a.numpy(), b) <= 1e-9
+
+
+def test_updates_that_cannot_be() -> None:
+    a, e, w = [np.ones((4, 2))], [np.ones((4, 3))], [np.ones((3, 3))]
+    seen = opts.Statistics.of(a, e)
+    with pytest.raises(ValueError, match=r"QuadraticModel.* makes passes through the network; use step"):
+        opts.kfac().update(w, None, w, seen)
+    with pytest.raises(ValueError, match=r"statistics must have errors for the inverse LowRankOnline"):
+        opts.ng_sgd().update(w, None, w, opts.Statistics.of(a))
+    with pytest.raises(TypeError, match="statistics must be a Statistics, got NoneType None"):
+        opts.foof().update(w, None, w, None)
+    with pytest.raises(ValueError, match=r"got 1, 2 and 1"):
+        opts.foof().update(w, None, w + w, seen)
+    with pytest.raises(ValueError, match=r"statistics.rows\[0\] must have shape"):
+        opts.foof().update([np.ones((3, 5))], None, [np.ones((3, 5))], seen)
+    with pytest.raises(ValueError, match=r"gradient\[0\] must have shape"):
+        opts.foof().update(w, None, [np.ones((2, 3))], seen)
+    with pytest.raises(ValueError, match=r"statistics.deltas\[0\] must have shape"):
+        opts.foof().update([np.ones((2, 3))], None, [np.ones((2, 3))], seen)
+    with pytest.raises(ValueError, match=r"errors must have one array for each of 1 layers, got 2"):
+        opts.Statistics.of(a, e + e)
+    with pytest.raises(ValueError, match=r"errors\[0\] must have a row for each of the samples"):
+        opts.Statistics.of(a, [np.ones((5, 3))])
+    with pytest.raises(TypeError, match="activations must be a tuple or list"):
+        opts.Statistics.of(np.ones((4, 2)))
 
 
 # ----------------------------------------------------------------------------- bad input

@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from natgrad_array.cli import INTERRUPTED, check, data, demo, libraries, output
+from natgrad_array.cli import INTERRUPTED, check, data, demo, libraries, output, train
 from natgrad_array.cli.errors import CommandError
 from natgrad_array.cli.libraries import BackendName, DtypeName
+from natgrad_array.networks.activations import ACTIVATIONS
+from natgrad_array.optimizers.presets import PRESETS
 
 PLAIN_WIDTH = 110
 
@@ -58,11 +60,12 @@ def console() -> Console:
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
-def parse_sizes(text: str) -> tuple[int, ...]:
+def parse_sizes(text: str, option: str = "--sizes", *, least: int = 2) -> tuple[int, ...]:
     """Read "64,32,10"."""
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) < 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise CommandError(f"--sizes must be two or more positive integers, such as 64,32,10, got {text!r}")
+    if len(parts) < least or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        count = {1: "one", 2: "two"}[least]
+        raise CommandError(f"{option} must be {count} or more positive integers, such as 64,32,10, got {text!r}")
     return tuple(int(part) for part in parts)
 
 
@@ -71,7 +74,7 @@ def natgrad_array(
     context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> int:
-    """Exact natural gradient for ensembles of deep linear networks."""
+    """Exact natural gradient for ensembles of networks."""
     if show_version:
         typer.echo(f"natgrad-array {version()}")
         raise typer.Exit
@@ -156,6 +159,97 @@ def demo_command(
         screen.print(line)
     screen.print(f"\nWritten: {', '.join(map(str, written))}", soft_wrap=True)
     if interrupted:
+        sys.stderr.write("natgrad-array: interrupted; what was computed is written\n")
+        return INTERRUPTED
+    return 0
+
+
+@app.command("train")
+def train_command(
+    preset: Annotated[str, typer.Option("--preset", help="Optimizer, by its preset's name.")] = "natural_gradient",
+    task: Annotated[str, typer.Option("--task", help="autoencoder or classify.")] = "autoencoder",
+    hidden: Annotated[
+        str, typer.Option("--hidden", help="Widths of the hidden layers, such as 100,50,100.")
+    ] = "32,16,32",
+    activation: Annotated[str, typer.Option("--activation", help="Of all hidden layers.")] = "tanh",
+    images: Annotated[
+        Path | None, typer.Option("--data", help="IDX file of images (MNIST's format); digits of 8 x 8 pixels without.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", help="IDX file of their labels.")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="How many.")] = 100,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images in each.")] = 500,
+    members: Annotated[
+        int, typer.Option("--members", min=1, help="Networks trained at once, each from its own seed.")
+    ] = 4,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Of presets that have one; their own without.")
+    ] = None,
+    damping: Annotated[float | None, typer.Option("--damping", help="The first one, of presets that have it.")] = None,
+    every: Annotated[int, typer.Option("--every", min=1, help="Steps between two records.")] = 5,
+    backend: BackendOption = BackendName.numpy,
+    device: DeviceOption = None,
+    dtype: DtypeOption = DtypeName.float32,
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the figure, the history and the parameters.")] = Path(
+        "natgrad-train"
+    ),
+) -> int:
+    """Train an ensemble of networks on images by any preset, and keep parameters, history and a figure."""
+    for name, value, options in (
+        ("preset", preset, tuple(PRESETS)),
+        ("task", task, train.TASKS),
+        ("activation", activation, tuple(ACTIVATIONS)),
+    ):
+        if value not in options:
+            raise CommandError(f"--{name} must be one of {', '.join(options)}, got {value}")
+    widths = parse_sizes(hidden, "--hidden", least=1)
+    optimizer = train.make_optimizer(preset, learning_rate, damping)
+    place = libraries.connect(backend.value, device, dtype.value)
+    pictures = train.load(images, labels)
+    samples = train.split(pictures, task, dtype.value)
+    net = train.make_network(samples, task, widths, activation)
+    output.prepare(out)
+    with progress() as bar:
+        job = bar.add_task(preset, total=steps)
+        history = train.train(
+            net,
+            optimizer,
+            samples,
+            place,
+            members=members,
+            steps=steps,
+            batch=batch,
+            every=every,
+            seed=seed,
+            tick=lambda loss: bar.update(job, advance=1, description=f"{preset}, loss {loss:.4g}"),
+        )
+    sizes = "-".join(str(n) for n in (samples.x.shape[-1], *(layer.output_shape[-1] for layer in net.layers)))
+    about = {
+        "data": pictures.name,
+        "task": task,
+        "preset": preset,
+        "sizes": sizes,
+        "activation": activation,
+        "backend": place.name,
+        "device": place.device,
+        "dtype": dtype.value,
+        "seed": seed,
+        "batch": min(batch, len(samples.x)),
+        "version": version(),
+    }
+    what = f"{members} networks {sizes} learn {pictures.name} by {preset}"
+    written = train.write(out, history, about, what)
+    screen = console()
+    screen.print(
+        f"{what}: {len(samples.x)} images, {len(samples.test_x)} held back; "
+        f"{place.name} on {place.device}, {dtype.value}.\n"
+    )
+    screen.print(train.table(history, preset))
+    taken = history.step[-1]
+    if taken:
+        screen.print(f"\n{taken} steps recorded, {1e3 * history.seconds[-1] / taken:.1f} ms each for the ensemble.")
+    screen.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
+    if not history.finished:
         sys.stderr.write("natgrad-array: interrupted; what was computed is written\n")
         return INTERRUPTED
     return 0

@@ -6,7 +6,14 @@
 A preset is an `Optimizer` with choices of the literature; any mixture is one too.
 """
 
-from natgrad_array.optimizers.estimates import Empirical, Estimate, ExactDirections, InputsOnly, ModelSampled
+from natgrad_array.optimizers.estimates import (
+    Empirical,
+    Estimate,
+    ExactDirections,
+    InputsOnly,
+    ModelSampled,
+    Statistics,
+)
 from natgrad_array.optimizers.inverses import (
     Adam,
     FactoredTikhonov,
@@ -72,6 +79,7 @@ __all__ = [
     "RescaledEigenbasis",
     "RootDamped",
     "Scaling",
+    "Statistics",
     "StepInfo",
     "Tikhonov",
     "Whitening",

@@ -7,6 +7,7 @@ errors that came back to it. All moments that inverses work on are sums over the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,6 +35,62 @@ class Statistics(NamedTuple):
 
     rows: tuple[Any, ...]
     deltas: tuple[Any, ...] | None
+
+    @classmethod
+    def of(
+        cls, activations: Sequence[Array], errors: Sequence[Array] | None = None, /, *, bias: bool = True
+    ) -> Statistics:
+        """Take what came into the dense layers of any network, and what came back to them.
+
+        Parameters
+        ----------
+        activations : sequence of arrays, shapes (*batch, N, n_{i-1})
+            Inputs of every layer, first layer first.
+        errors : sequence of arrays, shapes (*batch, N, n_i), optional
+            Derivatives of each sample's own loss (not of the mean over samples) with respect
+            to the layer's pre-activations; of targets drawn from the model for its Fisher
+            information, of the data's targets for the empirical one.
+        bias : bool
+            Whether the layers have a bias, the last column of their parameters.
+
+        Returns
+        -------
+        Statistics
+            For `Optimizer.update`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If these are not sequences of floating arrays, or their shapes do not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> seen = ng.optimizers.Statistics.of([np.ones((5, 3))], [np.ones((5, 2))])
+        >>> [rows.shape for rows in seen.rows], [delta.shape for delta in seen.deltas]
+        ([(5, 1, 4)], [(1, 5, 1, 2)])
+        """
+        inputs = _arrays.check_sequence("activations", activations, "a tuple or list with one array for each layer")
+        named = {f"activations[{i}]": array for i, array in enumerate(inputs)}
+        back: tuple[Array, ...] = ()
+        if errors is not None:
+            back = _arrays.check_sequence("errors", errors, "a tuple or list with one array for each layer")
+            if len(back) != len(inputs):
+                raise ValueError(f"errors must have one array for each of {len(inputs)} layers, got {len(back)}")
+            named |= {f"errors[{i}]": array for i, array in enumerate(back)}
+        xp = _arrays.check_arrays(named)
+        for name, array in named.items():
+            _arrays.check_matrix(name, array)
+            if array.shape[-2] != inputs[0].shape[-2] or array.shape[-2] == 0:
+                raise ValueError(
+                    f"{name} must have a row for each of the samples of activations[0] ({inputs[0].shape[-2]}, "
+                    f"at least 1), got shape {tuple(array.shape)}"
+                )
+        _arrays.broadcast_batch({name: tuple(array.shape[:-2]) for name, array in named.items()})
+        rows = [xp.concat([a, xp.ones_like(a[..., :1])], axis=-1) if bias else a for a in inputs]
+        deltas = None if errors is None else tuple(delta[None, ..., None, :] for delta in back)
+        return cls(tuple(array[..., None, :] for array in rows), deltas)
 
 
 @dataclass(frozen=True)

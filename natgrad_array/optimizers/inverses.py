@@ -14,8 +14,6 @@ from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.kronecker import Kronecker, KroneckerBasis
 from natgrad_array.networks import passes
-from natgrad_array.networks.network import Network
-from natgrad_array.networks.passes import Trace
 from natgrad_array.optimizers.estimates import Estimate, Statistics
 
 Tangent = tuple[Array, ...]
@@ -26,13 +24,13 @@ class Context(NamedTuple):
 
     Attributes
     ----------
-    net : Network
-        The layers and the likelihood.
+    net : Network or None
+        The layers and the likelihood; None where only their statistics are known.
     params : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
         The parameters before the step.
-    x : array
+    x : array or None
         The batch's inputs.
-    trace : Trace
+    trace : Trace or None
         Their forward pass.
     gradient : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
         The gradient of the loss.
@@ -42,10 +40,10 @@ class Context(NamedTuple):
         Steps taken before this one.
     """
 
-    net: Network
+    net: Any
     params: Tangent
     x: Array
-    trace: Trace
+    trace: Any
     gradient: Tangent
     damping: Array
     count: Array
@@ -70,6 +68,9 @@ class Inverse:
     needs_errors: ClassVar[bool] = False
     """Whether the estimate has to send errors back."""
 
+    needs_network: ClassVar[bool] = False
+    """Whether it makes passes through the network itself."""
+
     remembers: ClassVar[bool] = False
     """Whether it works on what it made in earlier steps."""
 
@@ -90,13 +91,11 @@ class Inverse:
         """
         return ()
 
-    def start_moments(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start_moments(self, params: Tangent, estimate: Estimate) -> Any:
         """Make moments of zeros.
 
         Parameters
         ----------
-        net : Network
-            The layers and the likelihood.
         params : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
             Arrays like the parameters, with the batch axes of the whole ensemble.
         estimate : Estimate
@@ -109,13 +108,11 @@ class Inverse:
         """
         return ()
 
-    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start(self, params: Tangent, estimate: Estimate) -> Any:
         """Make what there is before the first refresh.
 
         Parameters
         ----------
-        net : Network
-            The layers and the likelihood.
         params : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
             Arrays like the parameters, with the batch axes of the whole ensemble.
         estimate : Estimate
@@ -227,10 +224,10 @@ class ByFactors(Inverse):
     def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
         return estimate.factors(statistics)
 
-    def start_moments(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start_moments(self, params: Tangent, estimate: Estimate) -> Any:
         return zero_blocks(params, estimate)
 
-    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start(self, params: Tangent, estimate: Estimate) -> Any:
         return zero_blocks(params, estimate)
 
 
@@ -251,7 +248,7 @@ class MoorePenrose(ByFactors):
 
     rtol: float | None = None
 
-    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start(self, params: Tangent, estimate: Estimate) -> Any:
         none = not estimate.has_errors
         ranks = tuple((w[..., 0, 0], None if none else w[..., 0, 0]) for w in params)
         return zero_blocks(params, estimate), ranks
@@ -329,7 +326,7 @@ def _root_damped(xp: Namespace, a: Array, shift: Array, samples: int) -> Array:
 class Tikhonov(ByFactors):
     """(A ⊗ G + damping 1)⁻¹, exactly, in the joint eigenbasis; at each step with the damping of that step."""
 
-    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start(self, params: Tangent, estimate: Estimate) -> Any:
         return tuple(
             KroneckerBasis(block.forward, block.backward, _arrays.namespace(w).zeros_like(w))
             for block, w in zip(zero_blocks(params, estimate), params, strict=True)
@@ -400,6 +397,8 @@ class FullFisher(Inverse):
     damping other than zero is added to all eigenvalues.
     """
 
+    needs_network: ClassVar[bool] = True
+
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
         fisher = at.net.fisher(at.params, at.x)
         return fisher.precondition(at.gradient, inverse="moore_penrose", damping=at.damping), prepared
@@ -443,7 +442,7 @@ class Adam(Inverse):
 
     remembers: ClassVar[bool] = True
 
-    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start(self, params: Tangent, estimate: Estimate) -> Any:
         zeros = tuple(_arrays.namespace(w).zeros_like(w) for w in params)
         return AdamState(zeros, zeros)
 

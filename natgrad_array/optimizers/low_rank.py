@@ -16,7 +16,6 @@ from typing import Any, ClassVar, NamedTuple
 
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
-from natgrad_array.networks.network import Network
 from natgrad_array.optimizers.estimates import Estimate, Statistics
 from natgrad_array.optimizers.inverses import Context, Inverse, Tangent
 
@@ -178,10 +177,10 @@ class LowRankOnline(Inverse):
     def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
         return estimate.factors(statistics)
 
-    def start_moments(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start_moments(self, params: Tangent, estimate: Estimate) -> Any:
         return tuple(_zero_moments(w) for w in params)
 
-    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start(self, params: Tangent, estimate: Estimate) -> Any:
         found = []
         for w in params:
             pairs = zip(_zero_moments(w), self._ranks(w), strict=True)

@@ -9,7 +9,7 @@ from natgrad_array import _arrays
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.networks import passes
 from natgrad_array.networks.network import Network, Params
-from natgrad_array.optimizers.estimates import Estimate, InputsOnly, weighted
+from natgrad_array.optimizers.estimates import Estimate, InputsOnly, Statistics, weighted
 from natgrad_array.optimizers.inverses import Context, Identity, Inverse
 from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, Scaling
 
@@ -158,13 +158,17 @@ class Optimizer:
         TypeError, ValueError
             If `net` is no network, or `params` do not fit it.
         """
-        xp, given = _check(net, params)
+        _, given = _check(net, params)
+        return self._start(given)
+
+    def _start(self, given: tuple[Array, ...]) -> OptimizerState:
+        xp = _arrays.namespace(given[0])
         batch = _arrays.broadcast_batch({str(i): tuple(w.shape[:-2]) for i, w in enumerate(given)})
         zeros = tuple(xp.zeros((*batch, *w.shape[-2:]), dtype=w.dtype, device=_arrays.device(w)) for w in given)
         damping = self.damping.start(xp, xp.sum(zeros[0], axis=(-2, -1)))
         count = xp.zeros((), dtype=given[0].dtype, device=_arrays.device(given[0]))
-        moments = self.inverse.start_moments(net, zeros, self.estimate) if self.estimate.average > 0.0 else ()
-        prepared = self.inverse.start(net, zeros, self.estimate) if self._keeps_prepared else ()
+        moments = self.inverse.start_moments(zeros, self.estimate) if self.estimate.average > 0.0 else ()
+        prepared = self.inverse.start(zeros, self.estimate) if self._keeps_prepared else ()
         return OptimizerState(count, damping, moments, prepared, zeros)
 
     @_arrays.quiet
@@ -212,7 +216,8 @@ class Optimizer:
         gradient = passes.collect(trace.rows, passes.backward(net.layers, given, trace, errors))
         at = Context(net, given, x, trace, gradient, state.damping, state.count)
 
-        moments, prepared = self._prepare(state, at, y, rng)
+        statistics = self.estimate.observe(net, given, trace, y, rng) if self.inverse.uses_statistics else None
+        moments, prepared = self._prepare(state, at, statistics)
         direction, prepared = self.inverse.apply(prepared, at)
         made = self.scaling.take(direction, state.previous, at)
         new = tuple(w + d for w, d in zip(given, made.change, strict=True))
@@ -230,16 +235,94 @@ class Optimizer:
         prepared = prepared if self._keeps_prepared else ()
         return new, OptimizerState(state.count + 1.0, damping, moments, prepared, change), info
 
-    def _prepare(self, state: OptimizerState, at: Context, y: Array, rng: Any) -> tuple[Any, Any]:
+    @_arrays.quiet
+    def update(
+        self, params: Params, state: OptimizerState | None, gradient: Params, statistics: Statistics, /
+    ) -> tuple[tuple[Array, ...], OptimizerState, StepInfo]:
+        """Take one step for a network that lives elsewhere, from its gradient and statistics.
+
+        Parameters
+        ----------
+        params : sequence of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            The parameters of the layers, the bias as last column (or none, without one).
+        state : OptimizerState or None
+            From the last update; None before the first.
+        gradient : sequence of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            The gradient of the loss.
+        statistics : Statistics
+            What came into the layers and back, as `Statistics.of` makes it. The estimate's
+            way to look at a batch plays no part, its average does.
+
+        Returns
+        -------
+        params : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            The new parameters.
+        state : OptimizerState
+            For the next update.
+        info : StepInfo
+            What happened; losses are not known and None. The damping stays as it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the arguments do not fit each other, or the inverse or the step rule makes
+            passes through the network.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
+        >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+        >>> opt = ng.optimizers.foof(learning_rate=1.0, damping=0.0)
+        >>> params, state, info = opt.update([np.zeros((1, 1))], None, [delta.T @ a / 2], seen)
+        >>> params
+        (array([[0.2]]),)
+        """
+        for part in (self.inverse, self.scaling):
+            if part.needs_network:
+                raise ValueError(f"{part} makes passes through the network; use step, or choose another")
+        given = _arrays.check_sequence("params", params, "a tuple or list with one array for each layer")
+        steps = _arrays.check_sequence("gradient", gradient, "a tuple or list with one array for each layer")
+        if not isinstance(statistics, Statistics):
+            raise TypeError(f"statistics must be a Statistics, got {_arrays.describe(statistics)}")
+        if self.inverse.needs_errors and statistics.deltas is None:
+            raise ValueError(f"statistics must have errors for the inverse {self.inverse}, got none")
+        named = {f"params[{i}]": w for i, w in enumerate(given)} | {f"gradient[{i}]": g for i, g in enumerate(steps)}
+        _arrays.check_arrays(named | {f"statistics.rows[{i}]": rows for i, rows in enumerate(statistics.rows)})
+        if not len(given) == len(steps) == len(statistics.rows):
+            raise ValueError(
+                f"params, gradient and statistics must be of the same layers, "
+                f"got {len(given)}, {len(steps)} and {len(statistics.rows)}"
+            )
+        for i, (w, rows) in enumerate(zip(given, statistics.rows, strict=True)):
+            _arrays.check_matrix(f"params[{i}]", w)
+            _arrays.check_core(f"gradient[{i}]", steps[i], tuple(w.shape[-2:]), "like the parameters")
+            _arrays.check_core(f"statistics.rows[{i}]", rows, (w.shape[-1],), "to match the columns of the parameters")
+            if statistics.deltas is not None:
+                delta = statistics.deltas[i]
+                _arrays.check_core(
+                    f"statistics.deltas[{i}]", delta, (w.shape[-2],), "to match the rows of the parameters"
+                )
+        state = self._start(given) if state is None else state
+        at = Context(None, given, None, None, steps, state.damping, state.count)
+        moments, prepared = self._prepare(state, at, statistics)
+        direction, prepared = self.inverse.apply(prepared, at)
+        made = self.scaling.take(direction, state.previous, at)
+        new = tuple(w + d for w, d in zip(given, made.change, strict=True))
+        info = StepInfo(None, None, made.rate, state.damping, None, None, self.inverse.ranks(prepared))
+        prepared = prepared if self._keeps_prepared else ()
+        return new, OptimizerState(state.count + 1.0, state.damping, moments, prepared, made.change), info
+
+    def _prepare(self, state: OptimizerState, at: Context, statistics: Statistics | None) -> tuple[Any, Any]:
         """The moments and the inverse that this step uses."""
-        if not self.inverse.uses_statistics:
+        if statistics is None or not self.inverse.uses_statistics:
             return state.moments, state.prepared
         average = self.estimate.average
-        statistics = self.estimate.observe(at.net, at.params, at.trace, y, rng)
         moments = self.inverse.moments(statistics, self.estimate)
         if average > 0.0 or self._keeps_prepared:
             # What all members share has batch axes of its own from here on, as the state does.
-            moments = _spread(moments, self.inverse.start_moments(at.net, state.previous, self.estimate))
+            moments = _spread(moments, self.inverse.start_moments(state.previous, self.estimate))
         if average > 0.0:
             kept = 1.0 - 1.0 / (state.count + 1.0)
             moments = weighted(state.moments, moments, at.xp.where(kept < average, kept, average))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array, Namespace
@@ -54,6 +54,9 @@ def curvature(at: Context, trace: Trace, a: Array, b: Array) -> Array:
 
 class Scaling:
     """What all step rules share."""
+
+    needs_network: ClassVar[bool] = False
+    """Whether it makes passes through the network itself."""
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
         """Turn a direction into a change of the parameters.
@@ -188,6 +191,8 @@ class QuadraticModel(Scaling):
     momentum: bool = True
     share: float = 1.0
 
+    needs_network: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
@@ -253,8 +258,6 @@ class Damping:
     """
 
     initial: Any = 0.0
-
-    uses_new_loss = False
 
     def start(self, xp: Namespace, like: Array) -> Array:
         """Make the first damping of every member.
@@ -334,8 +337,6 @@ class LevenbergMarquardt(Damping):
     reject: bool = False
     share: float = 1.0
     minimum: float = 0.0
-
-    uses_new_loss = True
 
     def __post_init__(self) -> None:
         _arrays.check_option("prediction", self.prediction, PREDICTIONS)

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, NamedTuple
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.kronecker import Kronecker
-from natgrad_array.networks.network import Network
 from natgrad_array.optimizers.estimates import Estimate, Statistics
 from natgrad_array.optimizers.inverses import Context, Inverse, Tangent, zero_blocks
 
@@ -70,10 +69,10 @@ class BlockTridiagonal(Inverse):
         )
         return estimate.factors(statistics), crosses
 
-    def start_moments(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start_moments(self, params: Tangent, estimate: Estimate) -> Any:
         return zero_blocks(params, estimate), tuple(Kronecker(*pair) for pair in _zero_crosses(params))
 
-    def start(self, net: Network, params: Tangent, estimate: Estimate) -> Any:
+    def start(self, params: Tangent, estimate: Estimate) -> Any:
         pairs = [*_zero_crosses(params), (params[-1][..., :, 0, None], params[-1][..., :, 0, None])]
         blocks = zero_blocks(params, estimate)
         found = []
