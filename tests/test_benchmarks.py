@@ -253,8 +253,8 @@ def test_modules_of_the_suite_import_and_have_benchmarks():
     """ASV finds benchmarks by their names; base classes must not be among them."""
     code = (
         "import inspect\n"
-        "from benchmarks import fisher, linalg, moments, natural, suite, verification\n"
-        "for module in (fisher, linalg, moments, natural, verification):\n"
+        "from benchmarks import fisher, linalg, moments, natural, suite, training, verification\n"
+        "for module in (fisher, linalg, moments, natural, training, verification):\n"
         "    classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, (suite.Timed,\n"
         "               suite.Raced, suite.Peak, suite.Calls))]\n"
         "    assert classes and not any(inspect.isabstract(c) for c in classes), module\n"
