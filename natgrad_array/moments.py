@@ -327,9 +327,7 @@ class Moments(NamedTuple):
         xp, x, weights = _check_weighted_samples(x, weights)
         n = x.shape[-2]
         if weights is None:
-            p = int(x.shape[-1])
-            cores = [(p, p), (1, p)]
-            scatter, mean = _arrays.in_pieces(lambda part: _centred_gram(xp, part, 1), (x,), cores, one_by_one=True)
+            scatter, mean = _centred_gram(xp, x, 1)
             # Two arrays, not one twice: JAX does not donate a buffer that appears again.
             count, squares = (
                 xp.full(tuple(x.shape[:-2]), n, dtype=x.dtype, device=_arrays.device(x)) for _ in range(2)
