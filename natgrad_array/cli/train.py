@@ -142,7 +142,7 @@ def train(
 ) -> History:
     """Train an ensemble; an interruption ends it, and what was computed is kept."""
     rng = np.random.default_rng(seed)
-    x, y, test_x, test_y = (place.asarray(array) for array in samples)
+    x, y, test_x, test_y = (_placed(place, array) for array in samples)
     params = net.init(rng, (members,), like=x)
     state = optimizer.init(net, params)
     history, order, seconds = History(), np.arange(0), 0.0
@@ -160,7 +160,7 @@ def train(
             if len(order) < min(batch, len(samples.x)):
                 order = rng.permutation(len(samples.x))
             chosen, order = order[:batch], order[batch:]
-            inputs, targets = (place.asarray(array[chosen]) for array in (samples.x, samples.y))
+            inputs, targets = (_placed(place, array[chosen]) for array in (samples.x, samples.y))
             start = time.perf_counter()
             params, state, info = optimizer.step(net, params, state, inputs, targets, rng)
             loss = _host(info.loss)
@@ -172,6 +172,13 @@ def train(
         history.finished = False
     history.params = tuple(_host(w) for w in params)
     return history
+
+
+def _placed(place: Backend, array: Host) -> Any:
+    """An array on the backend, which makes everything floating: classes back to integers."""
+    placed = place.asarray(array)
+    xp = _arrays.namespace(placed)
+    return placed if array.dtype.kind == "f" else xp.astype(placed, xp.int32)
 
 
 def _host(array: Any) -> Host:

@@ -304,6 +304,8 @@ class Optimizer:
                 _arrays.check_core(
                     f"statistics.deltas[{i}]", delta, (w.shape[-2],), "to match the rows of the parameters"
                 )
+        if not self.estimate.has_errors:
+            statistics = statistics._replace(deltas=None)
         state = self._start(given) if state is None else state
         at = Context(None, given, None, None, steps, state.damping, state.count)
         moments, prepared = self._prepare(state, at, statistics)
