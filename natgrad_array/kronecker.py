@@ -85,16 +85,44 @@ class Kronecker(NamedTuple):
         Section 6.3 of Martens and Grosse (2015).
         """
         xp = _arrays.namespace(self.forward)
+        on_forward, on_backward = self._shifts(xp, damping)
+        forward = self.forward + on_forward * _arrays.eye(xp, self.forward.shape[-1], self.forward)
+        if self.backward is None:
+            return Kronecker(forward * (1.0 + on_backward), None)
+        return Kronecker(forward, self.backward + on_backward * _arrays.eye(xp, self.backward.shape[-1], self.backward))
+
+    def damped_inverse(self, damping: float | Array, /) -> Kronecker:
+        """Invert `damped`; without damping A⁺ ⊗ G⁺.
+
+        Parameters
+        ----------
+        damping : float or array of shape (*batch, 1, 1)
+            As for `damped`.
+
+        Returns
+        -------
+        Kronecker
+            The inverse.
+        """
+        xp = _arrays.namespace(self.forward)
+        on_forward, on_backward = self._shifts(xp, damping)
+        forward = linalg.shifted_inverse(xp, self.forward, on_forward)
+        if self.backward is None:
+            return Kronecker(forward / (1.0 + on_backward), None)
+        return Kronecker(forward, linalg.shifted_inverse(xp, self.backward, on_backward))
+
+    def _shifts(self, xp: Namespace, damping: float | Array) -> tuple[Array, Array]:
+        """πγ and γ/π, with two core axes of length one."""
         gamma, a = damping**0.5, _mean_eigenvalue(xp, self.forward)
         if self.backward is None:
-            # The identity's mean eigenvalue is 1, and (1 + γ/π) is a number.
+            # The identity's mean eigenvalue is 1.
             pi = xp.sqrt(xp.where(a > 0.0, a, 1.0))
-            return Kronecker(_shifted(xp, self.forward, pi * gamma) * (1.0 + gamma / pi), None)
-        g = _mean_eigenvalue(xp, self.backward)
-        # A dead layer has a zero factor: nothing there to balance.
-        alive = (a > 0.0) & (g > 0.0)
-        pi = xp.sqrt(xp.where(alive, a, 1.0) / xp.where(alive, g, 1.0))
-        return Kronecker(_shifted(xp, self.forward, pi * gamma), _shifted(xp, self.backward, gamma / pi))
+        else:
+            g = _mean_eigenvalue(xp, self.backward)
+            # A dead layer has a zero factor: nothing there to balance.
+            alive = (a > 0.0) & (g > 0.0)
+            pi = xp.sqrt(xp.where(alive, a, 1.0) / xp.where(alive, g, 1.0))
+        return pi * gamma, gamma / pi
 
     def to_dense(self) -> Array:
         """Form the matrix itself, for small ones.
@@ -116,10 +144,6 @@ class Kronecker(NamedTuple):
 
 def _mean_eigenvalue(xp: Namespace, a: Array) -> Array:
     return (xp.linalg.trace(a) / a.shape[-1])[..., None, None]
-
-
-def _shifted(xp: Namespace, a: Array, shift: Array) -> Array:
-    return a + shift * _arrays.eye(xp, a.shape[-1], a)
 
 
 class KroneckerBasis(NamedTuple):

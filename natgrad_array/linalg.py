@@ -294,6 +294,20 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     )[0]
 
 
+def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
+    """(a + shift 1)⁻¹ of positive semidefinite matrices; `pinvh` of the sum where the shift is lost in rounding.
+
+    The shift bounds the smallest eigenvalue from below, so that a Cholesky factor that
+    exists is one to trust, and no rank is in doubt.
+    """
+    total = symmetric_part(a) + shift * _arrays.eye(xp, a.shape[-1], a)
+    factor = _arrays.cholesky(xp, total)
+    inverse = _inverse_of_factored(xp, factor)
+    seen = shift[..., 0, 0] > 16 * _arrays.eps(xp, a) * _arrays.norms(xp, a)
+    certified = xp.isfinite(factor[..., -1, -1]) & seen
+    return _arrays.repair(xp, ~certified, (inverse,), (total,), lambda a: (_pinvh_eigh(xp, a, None),))[0]
+
+
 def _none_factors(xp: Namespace, a: Array) -> bool:
     """Whether not one in sixteen members of a large eager stack has a Cholesky factor: then few will."""
     if a.ndim < 3 or a.shape[-3] < 64 or _arrays.is_lazy(a):

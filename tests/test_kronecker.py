@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from backends import Backend
 
+from natgrad_array import linalg
 from natgrad_array.kronecker import Kronecker, KroneckerBasis
 
 
@@ -44,7 +45,7 @@ def test_factored_damping_balances_mean_eigenvalues(backend: Backend) -> None:
     pi = np.sqrt((np.trace(a) / 4) / (np.trace(g) / 3))
     gamma = np.sqrt(damping)
     wanted = np.linalg.inv(g + gamma / pi * np.eye(3)) @ v @ np.linalg.inv(a + gamma * pi * np.eye(4))
-    found = Kronecker(*backend.asarrays(a, g)).damped(damping).pinv().matvec(backend.asarray(v))
+    found = Kronecker(*backend.asarrays(a, g)).damped_inverse(damping).matvec(backend.asarray(v))
     backend.check(found, backend.asarray(v))
     tol = 1e-12 if backend.float64 else 1e-4
     np.testing.assert_allclose(backend.to_numpy(found), wanted, atol=tol, rtol=tol)
@@ -54,7 +55,7 @@ def test_factored_damping_of_the_identity() -> None:
     a, v = covariance(4), np.random.default_rng(2).standard_normal((3, 4))
     pi, gamma = np.sqrt(np.trace(a) / 4), np.sqrt(0.3)
     wanted = v @ np.linalg.inv(a + gamma * pi * np.eye(4)) / (1 + gamma / pi)
-    np.testing.assert_allclose(Kronecker(a, None).damped(0.3).pinv().matvec(v), wanted, atol=1e-13)
+    np.testing.assert_allclose(Kronecker(a, None).damped_inverse(0.3).matvec(v), wanted, atol=1e-13)
 
 
 def test_no_damping_is_the_pseudo_inverse_in_every_member() -> None:
@@ -64,7 +65,7 @@ def test_no_damping_is_the_pseudo_inverse_in_every_member() -> None:
     a[2] = covariance(4, rank=2)
     a[3, 0, 0] = np.nan
     v = np.random.default_rng(2).standard_normal((3, 4))
-    found = Kronecker(a, g).damped(0.0).pinv().matvec(v)
+    found = Kronecker(a, g).damped_inverse(0.0).matvec(v)
     for b in (0, 1, 2):
         wanted = np.linalg.pinv(np.kron(a[b], g[b]), rcond=1e-10) @ vec(v)
         np.testing.assert_allclose(vec(found[b]), wanted, atol=1e-10)
@@ -83,3 +84,19 @@ def test_basis_damps_exactly(identity: bool, damping: float) -> None:
         wanted = np.linalg.pinv(dense + damping * np.eye(12), rcond=1e-12) @ vec(v[b])
         np.testing.assert_allclose(vec(found[b]), wanted, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(basis.rotate_back(basis.rotate(v)), v, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_shift_is_inverted_with_its_own_condition(dtype: str) -> None:
+    """Rank-deficient covariances with shifts from large to lost in rounding, where the shifted matrix is pinvh's."""
+    a = covariance(40, rank=10, batch=(4,)).astype(dtype)
+    eps = float(np.finfo(dtype).eps)
+    shift = np.asarray([1.0, 1e3 * eps, 0.0, 1e-3 * eps], dtype=dtype)[:, None, None]
+    found = linalg.shifted_inverse(np, a, shift)
+    for b in range(4):
+        wide = a[b].astype(np.float64)
+        values, vectors = np.linalg.eigh((wide + wide.T) / 2)
+        kept = values > 1e-3 if b >= 2 else values > -1
+        wanted = (vectors * np.where(kept, 1.0 / (np.where(kept, values, 1.0) + shift[b, 0, 0]), 0.0)) @ vectors.T
+        error = np.linalg.norm(found[b] - wanted) / np.linalg.norm(wanted)
+        assert error <= (1e3 * eps if b != 1 else 0.1)

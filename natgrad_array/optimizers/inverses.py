@@ -286,7 +286,7 @@ class FactoredTikhonov(ByFactors):
     """(A + πγ 1)⁻¹ ⊗ (G + γ/π 1)⁻¹: each factor damped by its share, as in K-FAC; A⁺ ⊗ G⁺ without damping."""
 
     def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
-        return tuple(block.damped(at.scalar).pinv() for block in moments)
+        return tuple(block.damped_inverse(at.scalar) for block in moments)
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
         return multiply(prepared, at.gradient), prepared
@@ -316,7 +316,7 @@ class RootDamped(ByFactors):
 def _root_damped(xp: Namespace, a: Array, shift: Array, samples: int) -> Array:
     if samples >= a.shape[-1]:
         # As many samples as directions: what none of them reaches, their gradient does not either.
-        return linalg.pinvh_checked(xp, a + shift * _arrays.eye(xp, a.shape[-1], a), None, "auto")
+        return linalg.shifted_inverse(xp, a, shift)
     values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a), None)
     scaled = linalg.reciprocal(xp, values + shift[..., 0], kept & (values > 0.0))
     return (vectors * scaled[..., None, :]) @ vectors.mT

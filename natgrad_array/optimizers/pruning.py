@@ -84,7 +84,7 @@ def _saliencies(
     xp, like = _arrays.namespace(trace.output), trace.output
     damping = _arrays.check_nonnegative("damping", damping, xp, like, core_ndim=2)
     factors = estimate.factors(estimate.observe(net, given, trace, like, None))
-    inverses = [block.damped(damping).pinv() for block in factors]
+    inverses = [block.damped_inverse(damping + 0.0 * like[..., :1, :1]) for block in factors]
     found = []
     for w, inverse in zip(given, inverses, strict=True):
         back, forth = xp.linalg.diagonal(inverse.backward), xp.linalg.diagonal(inverse.forward)

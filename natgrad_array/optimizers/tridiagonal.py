@@ -84,8 +84,8 @@ class BlockTridiagonal(Inverse):
         xp, (blocks, crosses) = at.xp, moments
         damped = [block.damped(at.scalar) for block in blocks]
         found = []
-        for block, after, cross in zip(damped, damped[1:], crosses, strict=False):
-            inverse = after.pinv()
+        for block, after, cross in zip(damped, blocks[1:], crosses, strict=False):
+            inverse = after.damped_inverse(at.scalar)
             assert cross.backward is not None
             psi = cross.forward @ inverse.forward, cross.backward @ inverse.backward
             forward = _joint_basis(xp, block.forward, psi[0] @ cross.forward.mT)
