@@ -1,4 +1,4 @@
-"""NET 1, 2 and 3 of Bernacchia, Lengyel and Hennequin (2018): deep networks that learn a random teacher.
+"""NET 1, 2 and 3 of Bernacchia, Lengyel and Hennequin (2018): deep linear networks that learn a random teacher.
 
 Eight seeds of a network are one ensemble: teachers, data and students on the leading axis.
 
@@ -60,7 +60,7 @@ def data(
 def run(name: str, *, seeds: int, samples: int, batch: int, steps: int) -> np.ndarray:
     """Test loss of every member after each step, (steps + 1, seeds)."""
     sizes = NETS[name].sizes
-    net = ng.networks.MLP(sizes, activation="tanh")
+    net = ng.networks.MLP(sizes, activation="identity")
     rng = np.random.default_rng(0)
     x, y = data(net, sizes, rng, seeds, samples + 1000)
     test_x, test_y = x[:, samples:], y[:, samples:]
