@@ -242,7 +242,8 @@ def train_command(
     screen = console()
     screen.print(
         f"{what}: {len(samples.x)} images, {len(samples.test_x)} held back; "
-        f"{place.name} on {place.device}, {dtype.value}.\n"
+        f"{place.name} on {place.device}, {dtype.value}.\n",
+        soft_wrap=True,
     )
     screen.print(train.table(history, preset))
     taken = history.step[-1]
