@@ -214,11 +214,19 @@ class Optimizer:
         return self._step(net, given, state, x, y, rng, None)
 
     def _step(
-        self, net: Network, given: Tangent, state: OptimizerState, x: Array, y: Array, rng: Any, gradient: Tangent | None
+        self,
+        net: Network,
+        given: Tangent,
+        state: OptimizerState,
+        x: Array,
+        y: Array,
+        rng: Any,
+        gradient: Tangent | None,
     ) -> tuple[Tangent, OptimizerState, StepInfo]:
         """A step with a gradient of the caller's, or with that of the loss."""
         trace = net.forward(given, x)
         loss = net.likelihood.loss(trace.output, y)
+        gradient = own
         if gradient is None:
             errors = net.likelihood.residual(trace.output, y) / trace.output.shape[-2]
             gradient = passes.collect(trace.rows, passes.backward(net.layers, given, trace, errors))
