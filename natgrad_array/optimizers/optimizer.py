@@ -226,7 +226,6 @@ class Optimizer:
         """A step with a gradient of the caller's, or with that of the loss."""
         trace = net.forward(given, x)
         loss = net.likelihood.loss(trace.output, y)
-        gradient = own
         if gradient is None:
             errors = net.likelihood.residual(trace.output, y) / trace.output.shape[-2]
             gradient = passes.collect(trace.rows, passes.backward(net.layers, given, trace, errors))
