@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import pickle
 from typing import Any
@@ -81,19 +82,18 @@ def arrays_of(shapes: list[tuple[int, ...]], seed: int = 0) -> list[np.ndarray]:
     return [rng.standard_normal(shape) for shape in shapes]
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_factors_of_an_ensemble(backend: Backend, dtype: str, bias: bool) -> None:
+def test_factors_of_an_ensemble(backend: Backend, dtype: str) -> None:
     a = [array.astype(dtype) for array in arrays_of([(2, 7, 3), (2, 7, 4)])]
     d = [array.astype(dtype) for array in arrays_of([(2, 7, 4), (2, 7, 2)], 1)]
     inputs, errors = backend.asarrays(*a), backend.asarrays(*d)
-    found = backend.call(ng.adapters.kronecker_factors, inputs, errors, bias=bias)
+    found = backend.call(ng.adapters.kronecker_factors, inputs, errors)
     for (A, G), rows, deltas in zip(found, a, d, strict=True):
-        rows = np.concatenate([rows, np.ones_like(rows[..., :1])], -1) if bias else rows
+        rows = np.concatenate([rows, np.ones_like(rows[..., :1])], -1)
         backend.check(A, inputs[0])
         tol = 1e-12 if backend.to_numpy(A).dtype == np.float64 else 1e-5
         assert relative(backend.to_numpy(A), np.einsum("bni,bnj->bij", rows, rows) / 7) <= tol
         assert relative(backend.to_numpy(G), np.einsum("bni,bnj->bij", deltas, deltas) / 7) <= tol
-    assert all(G is None for _, G in ng.adapters.kronecker_factors(inputs, bias=bias))
+    assert all(G is None for _, G in ng.adapters.kronecker_factors(inputs))
 
 
 @pytest.mark.parametrize("convolution", ["expand", "reduce"])
@@ -217,7 +217,7 @@ def test_arguments_of_layers_that_cannot_be() -> None:
         ng.adapters.precondition([np.ones((3, 2))], factors)
     with pytest.raises(ValueError, match=r"factors\[0\]\[1\] must have shape .* to match the rows"):
         ng.adapters.precondition([np.ones((2, 3))], factors)
-    with pytest.raises(ValueError, match="inverse must be one of 'factored', .*, got 'best'"):
+    with pytest.raises(ValueError, match=r"inverse must be one of 'factored', .*, got 'best'"):
         ng.adapters.precondition(g, factors, inverse="best")
     with pytest.raises(ValueError, match=r"damping must be at least 0, got -1\.0"):
         ng.adapters.precondition(g, factors, damping=-1.0)
@@ -240,44 +240,42 @@ def test_inputs_alone_with_the_damping_by_roots() -> None:
 # ------------------------------------------------------------------------------- optax
 
 
-def by_optax(transform: Any, net: Network, params: Any, x: Any, y: Any, keys: Any) -> list[Any]:
-    """Parameters after each of several compiled steps."""
-
-    @jax.jit
-    def step(params: Any, state: Any, key: Any) -> Any:
-        change, state = transform.update(net.gradient(params, x, y), state, params, x=x, y=y, key=key)
-        return optax.apply_updates(params, change), state
-
-    state, seen = transform.init(params), []
-    for key in keys:
-        params, state = step(params, state, key)
-        seen.append(params)
-    return seen
+RATES = {
+    "foof": {"learning_rate": 2.0},
+    "prong": {"learning_rate": 0.1},
+    "ng_sgd": {"learning_rate": 0.1},
+    "sgd": {"learning_rate": 0.5},
+    "adam": {"learning_rate": 0.02},
+    "bounded_kfac": {"bound": 0.1},
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_optax_steps_are_those_of_the_core(name: str) -> None:
-    net, params, x, y = on_library("gaussian", jnp.asarray)
-    keys, optimizer = jax.random.split(jax.random.key(1), 3), PRESETS[name]()
-    found = by_optax(natgrad(optimizer, net), net, params, x, y, keys)
-    state, step = optimizer.init(net, params), jax.jit(functools.partial(optimizer.step, net))
-    for key, seen in zip(keys, found, strict=True):
-        params, state, _ = step(params, state, x, y, key)
-        assert max(relative(a, b) for a, b in zip(seen, params, strict=True)) <= 1e-10
+    """Compiled on JAX, against the core on NumPy with the same noise; and they train."""
+    net = MLP((3, 5, 3))
+    _, params, x, _ = make(net, samples=160)
+    y = np.stack([np.sin(2 * x[:, 0]), x[:, 1] * x[:, 2], x.sum(axis=1)], axis=1)
+    optimizer, steps = PRESETS[name](**RATES.get(name, {})), 15
+    transform = natgrad(optimizer, net)
+    data = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
 
+    @jax.jit
+    def step(params: Any, state: Any, key: Any) -> Any:
+        gradient = net.gradient(params, data["x"], data["y"])
+        change, state = transform.update(gradient, state, params, key=key, **data)
+        return optax.apply_updates(params, change), state
 
-RATES = {"sgd": {"learning_rate": 0.3}, "adam": {"learning_rate": 0.02}, "bounded_kfac": {"bound": 0.1}}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_optax_trains_on_digits(name: str) -> None:
-    pixels, classes = digits()
-    net, x, y = MLP((64, 10, 10), likelihood="categorical"), jnp.asarray(pixels), jnp.asarray(classes)
-    params = net.init(0, like=x)
-    keys = jax.random.split(jax.random.key(0), 15)
-    transform = natgrad(PRESETS[name](**RATES.get(name, {})), net)
-    last = by_optax(transform, net, params, x, y, keys)[-1]
-    assert float(net.loss(last, x, y)) < 0.8 * float(net.loss(params, x, y))
+    samples = int(np.ceil(optimizer.estimate.share * len(x)))
+    noise = np.random.default_rng(0).standard_normal((steps, 1, samples, 3))
+    first, found = net.loss(params, x, y), tuple(map(jnp.asarray, params))
+    state, reference = transform.init(found), optimizer.init(net, params)
+    for k in range(steps):
+        found, state = step(found, state, jnp.asarray(noise[k]))
+        if k < 3:
+            params, reference, _ = optimizer.step(net, params, reference, x, y, noise[k])
+            assert max(relative(a, b) for a, b in zip(found, params, strict=True)) <= 1e-10
+    assert net.loss(tuple(map(np.asarray, found)), x, y) < 0.8 * first
 
 
 def test_optax_scans_over_an_ensemble() -> None:
@@ -302,9 +300,10 @@ def test_optax_scans_over_an_ensemble() -> None:
 
 def test_optax_takes_the_gradient_that_it_is_given() -> None:
     net, params, x, y = on_library("categorical", jnp.asarray)
-    gradient = net.gradient(params, x, y)
+    gradient = jax.jit(net.gradient)(params, x, y)
     transform = optax.chain(optax.clip_by_global_norm(0.01), natgrad(opts.sgd(learning_rate=0.5), net))
-    change, _ = transform.update(gradient, transform.init(params), params, x=x, y=y)
+    update = jax.jit(functools.partial(transform.update, x=x, y=y))
+    change, _ = update(gradient, transform.init(params), params)
     scale = 0.005 / np.sqrt(sum(float(jnp.sum(g**2)) for g in gradient))
     for a, g in zip(change, gradient, strict=True):
         assert relative(a, -scale * g) <= 1e-10
@@ -318,14 +317,10 @@ def flax_like(params: Any) -> dict[str, Any]:
 
 CHOICES = {
     "factored": (None, None),
-    "tikhonov": (opts.Tikhonov(), opts.Empirical()),
     "root": (opts.RootDamped(), opts.Empirical()),
-    "moore_penrose": (opts.MoorePenrose(), opts.Empirical()),
     "eigenbasis": (opts.RescaledEigenbasis(), opts.Empirical(average=0.5)),
     "low rank": (opts.LowRankOnline(), opts.Empirical()),
-    "tridiagonal": (opts.BlockTridiagonal(), opts.Empirical()),
     "whitening": (opts.Whitening(), opts.InputsOnly()),
-    "foof": (opts.Tikhonov(), opts.InputsOnly(average=0.9)),
 }
 
 
@@ -359,16 +354,19 @@ def test_kronecker_scaling_is_that_of_the_core(choice: str) -> None:
 
 
 def test_kronecker_scaling_of_other_layouts() -> None:
-    """(n_out, n_in) kernels without a bias, in tuples, with an axis of positions."""
-    a, d = (jnp.asarray(v) for v in (*arrays_of([(7, 5, 3)]), *arrays_of([(7, 5, 2)], 1)))
-    g = jnp.asarray(np.random.default_rng(2).standard_normal((2, 3)))
-    transform = scale_by_kronecker((True,), damping=0.1, positions=True, layout="oi")
-    ((found,),), _ = transform.update(((g,),), transform.init(((g,),)), activations=(a,), errors=(d,))
+    """Kernels (n_out, n_in) and (n_in, n_out) without a bias, in tuples, with an axis of positions."""
+    a, d = arrays_of([(7, 5, 3)]) + arrays_of([(7, 5, 2)], 1)
+    g = np.random.default_rng(2).standard_normal((2, 3))
     factors = ng.adapters.kronecker_factors([a], [d], bias=False, convolution="expand")
-    assert relative(found, ng.adapters.precondition([g], factors, damping=0.1)[0]) <= 1e-12
-    across = scale_by_kronecker((True,), damping=0.1, positions=True)
-    (found,), _ = across.update((g.T,), across.init((g.T,)), activations=(a,), errors=(d,))
-    assert relative(found.T, ng.adapters.precondition([g], factors, damping=0.1)[0]) <= 1e-12
+    [wanted] = ng.adapters.precondition([g], factors, damping=0.1)
+    for layout, kernel in (("oi", g), ("io", g.T)):
+        transform = scale_by_kronecker((True,), damping=0.1, positions=True, layout=layout)
+
+        def update(tree: Any, a: Any, d: Any, transform: Any = transform) -> Any:
+            return transform.update(tree, transform.init(tree), activations=(a,), errors=(d,))[0]
+
+        ((found,),) = jax.jit(update)(((kernel,),), a, d)
+        assert relative(found if layout == "oi" else found.T, wanted) <= 1e-12
 
 
 def test_kronecker_scaling_trains_a_model_of_jax() -> None:
@@ -391,7 +389,8 @@ def test_kronecker_scaling_trains_a_model_of_jax() -> None:
         return jnp.sum(losses), {"first": x, "gain": None, "last": a}
 
     transform = optax.chain(
-        scale_by_kronecker({"first": True, "gain": False, "last": True}, damping=1e-2), optax.scale(-0.05)
+        scale_by_kronecker({"first": True, "gain": False, "last": True}, inverse=opts.Tikhonov(), damping=1e-2),
+        optax.scale(-0.05),
     )
 
     @jax.jit
@@ -558,6 +557,7 @@ def test_factors_of_hooks_are_those_of_the_core(kind: Any, convolution: str, net
 
 
 @needs_torch
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize(
     "options",
     [
@@ -600,28 +600,33 @@ def test_tokens_of_a_sequence_are_positions() -> None:
     assert relative(found.backward, wanted.backward) <= 1e-13
 
 
+def closure_of(adapted: Any, model: Any, x: Any, y: Any, full: bool = False) -> Any:
+    """The loss of a batch; a full one clears gradients and calls backward, as torch's own optimizers ask for."""
+
+    def closure() -> Any:
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        if full:
+            adapted.zero_grad()
+            loss.backward()
+        return loss
+
+    return closure
+
+
 @needs_torch
 def test_ways_to_call_a_step() -> None:
     """Passes made before, a closure that calls backward, and one that leaves it to the step."""
     found = []
     for way in ("before", "full", "short"):
-        net, _, x, y, model = twin("categorical")
+        _, _, x, y, model = twin("categorical")
         adapted = NaturalGradient(model, opts.bounded_kfac())
+        closure = closure_of(adapted, model, x, y, way != "short")
         for _ in range(3):
-
-            def closure(full: bool, model: Any = model, adapted: Any = adapted) -> Any:
-                loss = torch.nn.functional.cross_entropy(model(x), y)
-                if full:
-                    adapted.zero_grad()
-                    loss.backward()
-                return loss
-
             if way == "before":
-                closure(True)
+                closure()
                 assert adapted.step() is None
             else:
-                loss = adapted.step(functools.partial(closure, way == "full"))
-                assert not loss.requires_grad
+                assert not adapted.step(closure).requires_grad
         found.append(matrices(model))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -631,18 +636,10 @@ def test_ways_to_call_a_step() -> None:
 def test_a_closure_that_calls_backward_learns_the_damping_too() -> None:
     found = []
     for full in (True, False):
-        net, _, x, y, model = twin("categorical")
+        _, _, x, y, model = twin("categorical")
         adapted = NaturalGradient(model, opts.kfac(), likelihood="categorical", generator=generator())
-
-        def closure(full: bool = full, model: Any = model, adapted: Any = adapted) -> Any:
-            loss = torch.nn.functional.cross_entropy(model(x), y)
-            if full:
-                adapted.zero_grad()
-                loss.backward()
-            return loss
-
         for _ in range(6):
-            adapted.step(closure)
+            adapted.step(closure_of(adapted, model, x, y, full))
         found.append([*matrices(model), adapted.info.damping])
     assert max(relative(a, b) for a, b in zip(*found, strict=True)) <= 1e-10
 
@@ -670,7 +667,7 @@ def test_torch_trains_on_digits(name: str, kind: str) -> None:
         return
     model, x, y = digits_model(kind)
     adapted = NaturalGradient(model, PRESETS[name](**RATES.get(name, {})), likelihood="categorical")
-    losses = [float(adapted.step(lambda: torch.nn.functional.cross_entropy(model(x), y))) for _ in range(15)]
+    losses = [float(adapted.step(closure_of(adapted, model, x, y))) for _ in range(15)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -739,10 +736,10 @@ def test_other_parameters_have_an_optimizer_of_their_own() -> None:
 def test_schedules_scale_the_step() -> None:
     found = []
     for rate in (1.0, 0.25):
-        net, params, x, y, model = twin("categorical")
+        _, params, x, y, model = twin("categorical")
         adapted = NaturalGradient(model, opts.natural_gradient(), likelihood="categorical", generator=generator())
         schedule = torch.optim.lr_scheduler.LambdaLR(adapted, lambda _, rate=rate: rate)
-        adapted.step(lambda: torch.nn.functional.cross_entropy(model(x), y))
+        adapted.step(closure_of(adapted, model, x, y))
         schedule.step()
         found.append([a - b for a, b in zip(matrices(model), params, strict=True)])
     for whole, part in zip(*found, strict=True):
@@ -764,8 +761,6 @@ def test_copies_of_a_model_are_free() -> None:
     hooks = [part._forward_hooks for part in model.modules()]
     assert any(hooks)
     del adapted
-    import gc
-
     gc.collect()
     assert not any(hooks)
     model(x)
@@ -789,18 +784,18 @@ def test_dropout_is_drawn_once() -> None:
 def test_modules_that_cannot_be() -> None:
     linear = torch.nn.Linear(3, 2)
     x = torch.ones(5, 3)
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str 'model'"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str 'model'"):
         NaturalGradient("model", opts.foof())
     with pytest.raises(TypeError, match="optimizer must be an Optimizer, got str 'kfac'"):
         NaturalGradient(linear, "kfac")
     with pytest.raises(ValueError, match=r"model must have an nn.Linear or an nn.Conv2d to precondition, got none"):
         NaturalGradient(torch.nn.Conv2d(2, 2, 1, groups=2), opts.foof())
-    with pytest.raises(ValueError, match="likelihood must be one of 'gaussian', .* for ModelSampled"):
+    with pytest.raises(ValueError, match=r"likelihood must be one of 'gaussian', .* for ModelSampled"):
         NaturalGradient(linear, opts.natural_gradient())
     quadratic = opts.Optimizer(opts.Empirical(), opts.Tikhonov(), opts.QuadraticModel())
     with pytest.raises(ValueError, match=r"likelihood must be one of .* for \(QuadraticModel"):
         NaturalGradient(linear, quadratic)
-    with pytest.raises(ValueError, match="likelihood must be one of .*, got 'poisson'"):
+    with pytest.raises(ValueError, match=r"likelihood must be one of .*, got 'poisson'"):
         NaturalGradient(linear, opts.kfac(), likelihood="poisson")
     with pytest.raises(ValueError, match="optimizer must not have the inverse FullFisher"):
         NaturalGradient(linear, opts.Optimizer(inverse=opts.FullFisher()))
@@ -855,8 +850,8 @@ def test_passes_that_cannot_be() -> None:
         passes("never")[1].step()
     with pytest.raises(RuntimeError, match="layer 'rest' has no influence on the loss; name it in skip"):
         passes("detached")[1].step()
+    chain = opts.Optimizer(opts.Empirical(), opts.BlockTridiagonal())
     with pytest.raises(RuntimeError, match=r"layers must be called in the order of the model .*, got rest, shared"):
-        chain = opts.Optimizer(opts.Empirical(), opts.BlockTridiagonal())
         passes("backwards", chain)[1].step()
     with pytest.raises(RuntimeError, match="layer 'shared' must be called with the 5 samples on the first"):
         passes("flat", likelihood="gaussian")[1].step()
@@ -872,13 +867,12 @@ def test_passes_that_cannot_be() -> None:
     with pytest.raises(RuntimeError, match="got 0 backward passes"):
         adapted.factors()
     with pytest.raises(TypeError, match="closure must return the loss, a tensor, got float"):
-        adapted.step(lambda: float(model(x).sum()))
-    with pytest.raises(ValueError, match="closure must compute the loss for LevenbergMarquardt.*, got None"):
+        adapted.step(lambda: 1.0)
+    with pytest.raises(ValueError, match=r"closure must compute the loss for LevenbergMarquardt.*, got None"):
         passes("backwards", opts.heskes(), likelihood="gaussian")[1].step()
+    model = torch.nn.Linear(3, 2)
+    adapted = NaturalGradient(model, opts.foof(), likelihood="gaussian")
     with pytest.raises(ValueError, match=r"model must give outputs of shape \(N, n_L\) for a likelihood, got a torch"):
-        model = torch.nn.Linear(3, 2)
-        NaturalGradient(model, opts.foof(), likelihood="gaussian")
-        adapted = NaturalGradient(model, opts.foof(), likelihood="gaussian")
         model(torch.ones(5, 4, 3))
 
 

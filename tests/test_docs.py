@@ -29,8 +29,8 @@ def read(path):
 def public_callables():
     """Shortest paths from the package to everything public that can be called."""
     names = {}
-    rooms = (("deep_linear.", ng.deep_linear), ("networks.", ng.networks), ("optimizers.", ng.optimizers), ("", ng))
-    for prefix, module in rooms:
+    rooms = {f"{name}.": getattr(ng, name) for name in ("adapters", "deep_linear", "networks", "optimizers")} | {"": ng}
+    for prefix, module in rooms.items():
         names |= {value: prefix + name for name in module.__all__ if callable(value := getattr(module, name))}
     # What an optimizer is made of works where the presets made of it do.
     parts = {f"optimizers.{name}" for name in ng.optimizers.__all__ if name[0].isupper() and name != "Optimizer"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -457,7 +458,9 @@ class _Net:
         def outputs(named: dict[str, torch.Tensor]) -> torch.Tensor:
             return torch.func.functional_call(model, named, args, kwargs)
 
-        with self._owner._pause():
+        with self._owner._pause(), warnings.catch_warnings():
+            # Forward mode compiles a few of torch's own formulas in a way that torch calls deprecated.
+            warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
             return torch.func.jvp(outputs, (self._named(params),), (self._named(direction),))[1].detach()
 
     def _named(self, matrices: Tangent) -> dict[str, torch.Tensor]:
