@@ -1,5 +1,6 @@
 """Sphinx configuration."""
 
+import importlib.util
 import sys
 import tomllib
 from pathlib import Path
@@ -34,6 +35,8 @@ autosummary_imported_members = True
 autosummary_ignore_module_all = False
 autosummary_context = {"package_level": natgrad_array.__all__}
 autodoc_typehints = "none"
+# Adapters are documented on machines without their libraries too.
+autodoc_mock_imports = [name for name in ("jax", "optax", "torch") if importlib.util.find_spec(name) is None]
 numpydoc_show_class_members = False
 
 html_math_renderer = "mathml"

@@ -1,6 +1,6 @@
 """Exact natural gradient for ensembles of networks, on any array library."""
 
-from natgrad_array import deep_linear, networks, optimizers
+from natgrad_array import adapters, deep_linear, networks, optimizers
 from natgrad_array.deep_linear import GaussianTask
 from natgrad_array.fisher import FisherComparison, FisherEstimate, NetworkFisher, empirical_fisher, sampled_fisher
 from natgrad_array.linalg import pinvh, precondition
@@ -13,6 +13,7 @@ __all__ = [
     "GaussianTask",
     "Moments",
     "NetworkFisher",
+    "adapters",
     "check_preconditioner",
     "covariance",
     "deep_linear",

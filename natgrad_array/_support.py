@@ -95,5 +95,7 @@ SUPPORT = (
     Support("FisherComparison", _STACKED, True),
     Support("sampled_fisher", _STACKED, True, _DRAWS),
     Support("empirical_fisher", _STACKED, True),
+    Support("adapters.kronecker_factors", _STACKED, True),
+    Support("adapters.precondition", _STACKED, True),
     *(Support(f"optimizers.{name}", _STACKED, True, note) for name, note in _OPTIMIZERS.items()),
 )

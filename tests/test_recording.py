@@ -314,6 +314,20 @@ CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {
     },
     "optimizers.saliencies": lambda b: deferred(opts.saliencies, *problem(b, "MLP")[:3]),
     "optimizers.prune": lambda b: deferred(opts.prune, *problem(b, "MLP")[:3]),
+    # adapters
+    "adapters.kronecker_factors": lambda b: deferred(
+        ng.adapters.kronecker_factors, [normal(0, b, 5, 3)], [normal(1, b, 5, 2)]
+    ),
+    **{
+        f"adapters.precondition {inverse}": lambda b, inverse=inverse: deferred(
+            ng.adapters.precondition,
+            [normal(0, b, 2, 3)],
+            [(psd(b, 3), psd(b, 2))],
+            damping=0.0 if inverse == "moore_penrose" else 0.1,
+            inverse=inverse,
+        )
+        for inverse in ("factored", "tikhonov", "moore_penrose", "root")
+    },
     # the Fisher information of networks
     **{
         f"NetworkFisher.{method}, {name}": of(name)
@@ -371,7 +385,7 @@ def cupy_namespace() -> ModuleType:
 def public_callables() -> set[str]:
     """The public functions and classes, by their path from the package."""
     names = {name for name in ng.__all__ if not inspect.ismodule(getattr(ng, name))}
-    names |= {f"networks.{name}" for name in nn.__all__}
+    names |= {f"networks.{name}" for name in nn.__all__} | {f"adapters.{name}" for name in ng.adapters.__all__}
     return names | {f"deep_linear.{name}" for name in dl.__all__ if name != "GaussianTask"}
 
 
@@ -404,8 +418,9 @@ def test_array_attributes_exist_in_cupy() -> None:
 
     used = set()
     for module in pkgutil.walk_packages(ng.__path__, "natgrad_array."):
-        # The command line works on NumPy arrays, and `_arrays` asks each library for what is its own.
-        if module.name.startswith(("natgrad_array.cli", "natgrad_array._arrays")):
+        # The command line works on NumPy arrays, `_arrays` asks each library for what is its own,
+        # and torch's tensors are no business of CuPy.
+        if module.name.startswith(("natgrad_array.cli", "natgrad_array._arrays", "natgrad_array.adapters.torch")):
             continue
         path = module.module_finder.find_spec(module.name, None).origin  # type: ignore[union-attr, call-arg]
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))

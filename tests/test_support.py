@@ -141,6 +141,17 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (Y[:, :3, :].mT @ X[:, :3, :], NOISE, MOMENT),
     ),
     "GaussianTask": (lambda x, y: ng.GaussianTask.from_samples(x, y).optimum(), (X, Y)),
+    "adapters.kronecker_factors": (
+        lambda a, b, x, y: tuple(tuple(pair) for pair in ng.adapters.kronecker_factors([a, b], [x, y])),
+        (X, Y, Y, X),
+    ),
+    "adapters.precondition": (
+        lambda g, a, b: tuple(
+            ng.adapters.precondition([g], [(a, b)], damping=0.1, inverse=inverse)
+            for inverse in ("factored", "tikhonov", "root")
+        ),
+        (WEIGHTS[1] @ WEIGHTS[0], MOMENT + np.eye(4), NOISE),
+    ),
     "check_preconditioner": (check_layerwise, (*WEIGHTS, X, Y)),
     "deep_linear.gaussian": on_draw(dl.gaussian),
     "deep_linear.small": on_draw(dl.small),

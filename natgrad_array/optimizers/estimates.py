@@ -38,20 +38,29 @@ class Statistics(NamedTuple):
 
     @classmethod
     def of(
-        cls, activations: Sequence[Array], errors: Sequence[Array] | None = None, /, *, bias: bool = True
+        cls,
+        activations: Sequence[Array],
+        errors: Sequence[Array] | None = None,
+        /,
+        *,
+        bias: bool = True,
+        positions: bool = False,
     ) -> Statistics:
         """Take what came into the dense layers of any network, and what came back to them.
 
         Parameters
         ----------
         activations : sequence of arrays, shapes (*batch, N, n_{i-1})
-            Inputs of every layer, first layer first.
-        errors : sequence of arrays, shapes (*batch, N, n_i), optional
+            Inputs of every layer, first layer first; (*batch, N, T_i, n_{i-1}) with positions.
+        errors : sequence of arrays, shapes (*batch, N, n_i), or (*batch, N, T_i, n_i), optional
             Derivatives of each sample's own loss (not of the mean over samples) with respect
             to the layer's pre-activations; of targets drawn from the model for its Fisher
             information, of the data's targets for the empirical one.
         bias : bool
             Whether the layers have a bias, the last column of their parameters.
+        positions : bool
+            Whether the arrays have an axis of positions, that a layer works on one by one:
+            the patches of a convolution, the tokens of a sequence.
 
         Returns
         -------
@@ -80,17 +89,26 @@ class Statistics(NamedTuple):
                 raise ValueError(f"errors must have one array for each of {len(inputs)} layers, got {len(back)}")
             named |= {f"errors[{i}]": array for i, array in enumerate(back)}
         xp = _arrays.check_arrays(named)
+        core = 3 if positions else 2
         for name, array in named.items():
-            _arrays.check_matrix(name, array)
-            if array.shape[-2] != inputs[0].shape[-2] or array.shape[-2] == 0:
+            if array.ndim < core:
+                expected = "(*batch, N, T, n)" if positions else "(*batch, N, n)"
+                raise ValueError(f"{name} must have shape {expected}, got {tuple(array.shape)}")
+            if array.shape[-core] != inputs[0].shape[-core] or array.shape[-core] == 0:
                 raise ValueError(
-                    f"{name} must have a row for each of the samples of activations[0] ({inputs[0].shape[-2]}, "
+                    f"{name} must have a row for each of the samples of activations[0] ({inputs[0].shape[-core]}, "
                     f"at least 1), got shape {tuple(array.shape)}"
                 )
-        _arrays.broadcast_batch({name: tuple(array.shape[:-2]) for name, array in named.items()})
-        rows = [xp.concat([a, xp.ones_like(a[..., :1])], axis=-1) if bias else a for a in inputs]
-        deltas = None if errors is None else tuple(delta[None, ..., None, :] for delta in back)
-        return cls(tuple(array[..., None, :] for array in rows), deltas)
+        _arrays.broadcast_batch({name: tuple(array.shape[: array.ndim - core]) for name, array in named.items()})
+        if not positions:
+            inputs, back = (tuple(array[..., None, :] for array in arrays) for arrays in (inputs, back))
+        for i, (a, delta) in enumerate(zip(inputs, back, strict=False)):
+            if a.shape[-2] != delta.shape[-2]:
+                raise ValueError(
+                    f"errors[{i}] must have the positions of activations[{i}], got {delta.shape[-2]} and {a.shape[-2]}"
+                )
+        rows = tuple(xp.concat([a, xp.ones_like(a[..., :1])], axis=-1) if bias else a for a in inputs)
+        return cls(rows, None if errors is None else tuple(delta[None, ...] for delta in back))
 
 
 @dataclass(frozen=True)

@@ -300,25 +300,33 @@ class RootDamped(ByFactors):
     """
 
     def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
-        xp, shift, found = at.xp, at.scalar**0.5, []
         counts = [rows.shape[-3] * rows.shape[-2] for rows in statistics.rows]
         draws = 1 if statistics.deltas is None else int(statistics.deltas[0].shape[0])
-        for block, count in zip(moments, counts, strict=True):
-            backward = None if block.backward is None else _root_damped(xp, block.backward, shift, count * draws)
-            forward = _root_damped(xp, block.forward, shift, count)
-            found.append(Kronecker(forward, backward / (1.0 + shift) if backward is None else backward))
-        return tuple(found)
+        return tuple(
+            root_damped(block, at.scalar, count, count * draws) for block, count in zip(moments, counts, strict=True)
+        )
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
         return multiply(prepared, at.gradient), prepared
 
 
-def _root_damped(xp: Namespace, a: Array, shift: Array, samples: int) -> Array:
+def root_damped(block: Kronecker, damping: float | Array, samples: int, errors: int) -> Kronecker:
+    """The rule of `RootDamped` for one layer; fewer samples than directions leave some without any."""
+    xp, shift = _arrays.namespace(block.forward), damping**0.5
+    forward = _root_damped(xp, block.forward, shift, samples)
+    if block.backward is None:
+        # Every eigenvalue of the identity is 1.
+        return Kronecker(forward / (1.0 + shift), None)
+    return Kronecker(forward, _root_damped(xp, block.backward, shift, errors))
+
+
+def _root_damped(xp: Namespace, a: Array, shift: float | Array, samples: int) -> Array:
     if samples >= a.shape[-1]:
         # As many samples as directions: what none of them reaches, their gradient does not either.
         return linalg.shifted_inverse(xp, a, shift)
     values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a), None)
-    scaled = linalg.reciprocal(xp, values + shift[..., 0], kept & (values > 0.0))
+    shift = shift if isinstance(shift, float) else shift[..., 0]
+    scaled = linalg.reciprocal(xp, values + shift, kept & (values > 0.0))
     return (vectors * scaled[..., None, :]) @ vectors.mT
 
 

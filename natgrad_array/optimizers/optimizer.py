@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from natgrad_array._arrays import Array, Namespace
 from natgrad_array.networks import passes
 from natgrad_array.networks.network import Network, Params
 from natgrad_array.optimizers.estimates import Estimate, InputsOnly, Statistics, weighted
-from natgrad_array.optimizers.inverses import Context, Identity, Inverse
+from natgrad_array.optimizers.inverses import Context, Identity, Inverse, Tangent
 from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, Scaling
 
 
@@ -207,29 +208,58 @@ class Optimizer:
         TypeError, ValueError
             If the arguments do not fit the network or each other, or `rng` is missing.
         """
-        xp, given = _check(net, params)
+        _, given = _check(net, params)
         if not isinstance(state, OptimizerState):
             raise TypeError(f"state must be what init or step returned, got {_arrays.describe(state)}")
+        return self._step(net, given, state, x, y, rng, None)
+
+    def _step(
+        self,
+        net: Network,
+        given: Tangent,
+        state: OptimizerState,
+        x: Array,
+        y: Array,
+        rng: Any,
+        gradient: Tangent | None,
+    ) -> tuple[Tangent, OptimizerState, StepInfo]:
+        """A step with a gradient of the caller's, or with that of the loss."""
         trace = net.forward(given, x)
         loss = net.likelihood.loss(trace.output, y)
-        errors = net.likelihood.residual(trace.output, y) / trace.output.shape[-2]
-        gradient = passes.collect(trace.rows, passes.backward(net.layers, given, trace, errors))
+        if gradient is None:
+            errors = net.likelihood.residual(trace.output, y) / trace.output.shape[-2]
+            gradient = passes.collect(trace.rows, passes.backward(net.layers, given, trace, errors))
         at = Context(net, given, x, trace, gradient, state.damping, state.count)
-
         statistics = self.estimate.observe(net, given, trace, y, rng) if self.inverse.uses_statistics else None
+        return self._advance(at, state, statistics, loss, lambda new: net.likelihood.loss(net.output(new, x), y))
+
+    def _advance(
+        self,
+        at: Context,
+        state: OptimizerState,
+        statistics: Statistics | None,
+        loss: Array | None,
+        evaluate: Callable[[Tangent], Array] | None,
+    ) -> tuple[Tangent, OptimizerState, StepInfo]:
+        """A step from what is known of a batch; without a loss the damping stays as it is.
+
+        The network in `at` needs no more than a likelihood and `tangent`: adapters to other
+        frameworks bring one of their own.
+        """
+        xp = at.xp
         moments, prepared = self._prepare(state, at, statistics)
         direction, prepared = self.inverse.apply(prepared, at)
         made = self.scaling.take(direction, state.previous, at)
-        new = tuple(w + d for w, d in zip(given, made.change, strict=True))
+        new = tuple(w + d for w, d in zip(at.params, made.change, strict=True))
         change, damping = made.change, state.damping
         new_loss = ratio = accepted = None
-        if isinstance(self.damping, LevenbergMarquardt):
+        if evaluate is not None and isinstance(self.damping, LevenbergMarquardt):
             predicted = self.damping.predicted(made, direction, at)
-            new_loss = net.likelihood.loss(net.output(new, x), y)
+            new_loss = evaluate(new)
             damping, ratio, accepted = self.damping.judge(loss, new_loss, predicted, at)
             if self.damping.reject:
                 made_ones = accepted[..., None, None]
-                new = tuple(xp.where(made_ones, a, b) for a, b in zip(new, given, strict=True))
+                new = tuple(xp.where(made_ones, a, b) for a, b in zip(new, at.params, strict=True))
                 change = tuple(xp.where(made_ones, d, 0.0) for d in change)
         info = StepInfo(loss, new_loss, made.rate, state.damping, ratio, accepted, self.inverse.ranks(prepared))
         prepared = prepared if self._keeps_prepared else ()
@@ -308,13 +338,7 @@ class Optimizer:
             statistics = statistics._replace(deltas=None)
         state = self._start(given) if state is None else state
         at = Context(None, given, None, None, steps, state.damping, state.count)
-        moments, prepared = self._prepare(state, at, statistics)
-        direction, prepared = self.inverse.apply(prepared, at)
-        made = self.scaling.take(direction, state.previous, at)
-        new = tuple(w + d for w, d in zip(given, made.change, strict=True))
-        info = StepInfo(None, None, made.rate, state.damping, None, None, self.inverse.ranks(prepared))
-        prepared = prepared if self._keeps_prepared else ()
-        return new, OptimizerState(state.count + 1.0, state.damping, moments, prepared, made.change), info
+        return self._advance(at, state, statistics, None, None)
 
     def _prepare(self, state: OptimizerState, at: Context, statistics: Statistics | None) -> tuple[Any, Any]:
         """The moments and the inverse that this step uses."""

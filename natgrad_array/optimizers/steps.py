@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NamedTuple
 
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array, Namespace
-from natgrad_array.networks import passes
 from natgrad_array.networks.passes import Trace
 from natgrad_array.optimizers.estimates import _first
 from natgrad_array.optimizers.inverses import Context, Tangent
@@ -201,7 +200,7 @@ class QuadraticModel(Scaling):
         xp, trace = at.xp, part_of(at, self.share)
         ways = [direction, previous] if self.momentum else [direction]
         stacked = tuple(xp.stack(xp.broadcast_arrays(*arrays)) for arrays in zip(*ways, strict=True))
-        moved = passes.tangent(at.net.layers, at.params, trace, stacked)
+        moved = at.net.tangent(at.params, trace, stacked)
         j_d = moved[0, ...]
         b_dd = curvature(at, trace, j_d, j_d) + at.damping * dot(xp, direction, direction)
         slope = dot(xp, at.gradient, direction)
@@ -369,7 +368,7 @@ class LevenbergMarquardt(Damping):
             return step.rate * (1.0 - 0.5 * step.rate) * dot(xp, at.gradient, direction)
         trace, moved = part_of(at, self.share), step.moved
         if moved is None or moved.shape[-2] != trace.output.shape[-2]:
-            moved = passes.tangent(at.net.layers, at.params, trace, step.change)
+            moved = at.net.tangent(at.params, trace, step.change)
         reduction = -dot(xp, at.gradient, step.change) - 0.5 * curvature(at, trace, moved, moved)
         if self.prediction == "damped":
             reduction = reduction - 0.5 * at.damping * dot(xp, step.change, step.change)
