@@ -209,7 +209,8 @@ def train_command(
     samples = train.split(pictures, task, dtype.value)
     net = train.make_network(samples, task, widths, activation)
     output.prepare(out)
-    with progress() as bar:
+    widest = max(max(layer.parameter_shape) for layer in net.layers)
+    with progress() as bar, libraries.one_thread(widest):
         job = bar.add_task(preset, total=steps)
         history = train.train(
             net,
