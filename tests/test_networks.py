@@ -583,11 +583,12 @@ def test_networks_are_values() -> None:
     assert copy.loss(params, x, y) == noisy.loss(params, x, y)
     with pytest.raises(AttributeError):
         net.layers = ()  # type: ignore[misc]
-    ref.NOISE.copy()
     own = ref.NOISE.copy()
     kept = MLP((2, 3), noise_covariance=own)
     own[:] = 0.0
     assert kept.loss(params, x, y) == noisy.loss(params, x, y)
+    assert isinstance(kept.likelihood, Gaussian)
+    np.testing.assert_array_equal(kept.likelihood.noise_covariance, ref.NOISE)
 
 
 # --------------------------------------------------------------------------- what is refused
