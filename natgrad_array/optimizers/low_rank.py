@@ -6,7 +6,9 @@ S the moment of the batch:
 
     Y = R T,    Y Yᵀ = U C Uᵀ,    R ← C^{-1/2} Uᵀ Y,    D ← C^{1/2} − ρ 1,
 
-with ρ such that the trace of F is that of T.
+with ρ such that the trace of F is that of T. C^{1/2} and the new R are the singular values
+and right singular vectors of Y. As in the authors' code ρ has a floor: without one, rows
+that a few small batches do not reach would be lost for good.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.optimizers.estimates import Estimate, Statistics
 from natgrad_array.optimizers.inverses import Context, Inverse, Tangent
+
+_FLOOR = 5e-4
 
 
 class LowRank(NamedTuple):
@@ -51,14 +55,13 @@ class LowRank(NamedTuple):
         Returns
         -------
         LowRank
-            Of the same trace.
+            Of the same trace, unless ρ is at its floor.
         """
         xp = _arrays.namespace(moment)
         values, vectors = linalg.eigh(xp, linalg.symmetric_part(moment + 0.0))
         cut = values.shape[-1] - rank
-        rest = xp.mean(values[..., :cut], axis=-1)
-        rest = xp.where(rest < 0.0, 0.0, rest)
-        return cls(vectors[..., :, cut:].mT, values[..., cut:] - rest[..., None], rest)
+        rest = _floored(xp, xp.mean(values[..., :cut], axis=-1), values)
+        return cls(vectors[..., :, cut:].mT, _excess(xp, values[..., cut:], rest), rest)
 
     def trace(self) -> Array:
         """Tr F.
@@ -83,7 +86,7 @@ class LowRank(NamedTuple):
         Returns
         -------
         LowRank
-            Of the trace of η S + (1 − η) F, unless the root of C alone has more.
+            Of the trace of η S + (1 − η) F, unless ρ is at its floor.
         """
         xp, (rank, d) = _arrays.namespace(moment), self.rows.shape[-2:]
         total = eta * xp.linalg.trace(moment) + (1.0 - eta) * self.trace()
@@ -91,15 +94,10 @@ class LowRank(NamedTuple):
             return self._replace(rest=total / d)
         own = (self.excess + self.rest[..., None])[..., None] * self.rows
         y = eta * (self.rows @ moment) + (1.0 - eta) * own
-        squares, u = linalg.eigh(xp, linalg.symmetric_part(y @ y.mT))
-        scale = xp.sqrt(xp.where(squares < 0.0, 0.0, squares))
-        floor = d * _arrays.eps(xp, y) * xp.max(scale, axis=-1, keepdims=True)
-        found = scale > floor
-        rows = linalg.reciprocal(xp, scale, found)[..., None] * (u.mT @ y)
-        rest = (total - xp.sum(scale, axis=-1)) / (d - rank)
-        rest = xp.where(rest < 0.0, 0.0, rest)
-        excess = scale - rest[..., None]
-        return LowRank(rows, xp.where(excess < 0.0, 0.0, excess), rest)
+        # Orthonormal also where Y has not the full rank, as in a layer that is dead so far.
+        _, scale, rows = linalg.svd(xp, y)
+        rest = _floored(xp, (total - xp.sum(scale, axis=-1)) / (d - rank), scale)
+        return LowRank(rows, _excess(xp, scale, rest), rest)
 
     def smoothed_inverse(self, moment: Array, alpha: float, /) -> Array:
         """The inverse of F + α tr F / d, scaled so that it leaves the size of the batch's rows as it is.
@@ -126,6 +124,18 @@ class LowRank(NamedTuple):
         before, after = xp.linalg.trace(moment), xp.sum((inverse @ moment) * inverse, axis=(-2, -1))
         scale = xp.sqrt(xp.where(after > 0.0, before, 1.0) / xp.where(after > 0.0, after, 1.0))
         return scale[..., None, None] * inverse
+
+
+def _floored(xp: Namespace, rest: Array, values: Array) -> Array:
+    """ρ, or its floor relative to the largest eigenvalue."""
+    floor = _FLOOR * xp.max(values, axis=-1)
+    return xp.where(rest < floor, floor, rest)
+
+
+def _excess(xp: Namespace, values: Array, rest: Array) -> Array:
+    """What eigenvalues have above ρ."""
+    excess = values - rest[..., None]
+    return xp.where(excess < 0.0, 0.0, excess)
 
 
 @dataclass(frozen=True)
