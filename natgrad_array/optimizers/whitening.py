@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from natgrad_array import linalg
+from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.kronecker import Kronecker
 from natgrad_array.optimizers.estimates import Estimate, Statistics
@@ -46,7 +46,9 @@ def _whitener(xp: Namespace, moment: Array, damping: Array) -> Array:
     mean = moment[..., :-1, -1:] / count
     covariance = moment[..., :-1, :-1] / count - mean @ mean.mT
     values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(covariance), None)
-    values = xp.where(xp.isnan(values) | (kept & (values > 0.0)), values, 0.0) + damping[..., None]
+    # Where the mean is large the covariance is a small difference, known no better than this.
+    rounding = moment.shape[-1] * _arrays.eps(xp, moment) * xp.linalg.trace(moment / count)[..., None]
+    values = xp.where(xp.isnan(values) | (kept & (values > rounding)), values, 0.0) + damping[..., None]
     inner = (vectors * linalg.reciprocal(xp, values, values > 0.0)[..., None, :]) @ vectors.mT
     corner = -inner @ mean
     bottom = xp.concat([corner.mT, 1.0 - mean.mT @ corner], axis=-1)
