@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import Backend
-from network_reference import apply, case, losses, on, relative, stack, truth
+from network_reference import apply, case, losses, on, relative, stack
 from test_optimizers import context
 
 import natgrad_array as ng
@@ -18,6 +18,7 @@ from natgrad_array import deep_linear as dl
 from natgrad_array import optimizers as opts
 from natgrad_array.networks import MLP
 from natgrad_array.optimizers.low_rank import LowRank
+from natgrad_array.optimizers.whitening import _whitener
 
 
 def covariance(n: int, batch: tuple[int, ...] = (), seed: int = 0) -> np.ndarray:
@@ -144,6 +145,32 @@ def test_the_smoothed_inverse_keeps_the_size_of_the_batch() -> None:
         assert abs(np.trace(found[b] @ t[b] @ found[b]) / np.trace(t[b]) - 1) <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_rows_are_kept_where_batches_are_smaller_than_the_rank(dtype: str) -> None:
+    """Three samples a batch and nothing at all at first: R stays orthonormal, and F finds the moment."""
+    rng, n, rank = np.random.default_rng(0), 30, 20
+    scale = np.sqrt(np.linspace(9.0, 1.0, n))
+
+    def moment(samples: int) -> np.ndarray:
+        x = rng.standard_normal((samples, n)) * scale
+        return (x.T @ x / samples).astype(dtype)
+
+    low = LowRank.of(np.stack([moment(3), np.zeros((n, n), dtype)]), rank)
+    for k in range(300):
+        drawn = moment(3)
+        low = low.updated(np.stack([drawn, 0 * drawn if k < 3 else drawn]), 0.02)
+        np.testing.assert_allclose(
+            low.rows @ low.rows.mT, [np.eye(rank)] * 2, atol=1e-12 if dtype == "float64" else 1e-5
+        )
+    for _ in range(400):
+        low = low.updated(np.diag(scale**2).astype(dtype), 0.1)
+    for b in range(2):
+        # All but the last few of the largest directions have been found.
+        values = np.linalg.eigvalsh(dense(low)[b])[::-1]
+        np.testing.assert_allclose(values[:10], scale[:10] ** 2, rtol=0.02)
+        np.testing.assert_allclose(low.trace()[b], np.sum(scale**2), rtol=1e-3)
+
+
 def test_with_all_but_one_direction_it_follows_the_moment_itself() -> None:
     """Of the widest rank, fed with one moment, F tends to that moment; a NaN stays in its member."""
     s = covariance(5, (2,))
@@ -216,6 +243,32 @@ def test_whitening_without_damping_leaves_dead_inputs_alone() -> None:
     np.testing.assert_array_equal(found[0][:, 2], params[0][:, 2])
 
 
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e2, 1e4])
+def test_whitening_tells_rounding_from_variance(mean: float) -> None:
+    """Inputs far from zero, one of them constant and one a sum of others, without damping."""
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((100, 4))
+    h[:, 2], h[:, 3] = 0.0, h[:, 0] + h[:, 1]
+    wanted = np.linalg.pinv(np.cov(h.T, bias=True), rcond=1e-8)
+    h = h + mean * np.asarray([1.1, 0.7, 0.3, 1.3])
+    rows = np.concatenate([h, np.ones((100, 1))], axis=-1)
+    found = _whitener(np, rows.T @ rows / 100, np.asarray(0.0))
+    assert relative(found[:4, :4], wanted) <= 1e-13 * (1 + mean) ** 2
+    # The function of the gradient alone: a constant shift of all inputs changes nothing it sees.
+    assert relative(rows @ found, rows @ np.linalg.multi_dot([_centring(h).T, _padded(wanted), _centring(h)])) <= 1e-6
+
+
+def _centring(h: np.ndarray) -> np.ndarray:
+    """C = [[1, −c], [0, 1]]."""
+    c = np.eye(h.shape[-1] + 1)
+    c[:-1, -1] = -h.mean(axis=0)
+    return c
+
+
+def _padded(inner: np.ndarray) -> np.ndarray:
+    return np.block([[inner, np.zeros((len(inner), 1))], [np.zeros((1, len(inner))), np.ones((1, 1))]])
+
+
 # -------------------------------------------------------------------------------- pruning
 
 
@@ -263,11 +316,35 @@ def test_each_member_loses_its_own_parameter() -> None:
         assert removed.params[i][b, row, column] == 0.0
 
 
-def test_a_parameter_that_nothing_depends_on_is_not_judged() -> None:
-    """Without damping the pseudo-inverse knows nothing of it; F of the rest is that of JAX."""
-    net, params, x, _ = case("MLP tanh gaussian")
-    x = np.concatenate([x[:, :2], 0.0 * x[:, 2:]], axis=-1)
-    found = opts.saliencies(net, params, x)
-    assert np.isinf(found[0][:, 2]).all()
-    assert np.isfinite(found[0][:, :2]).all()
-    assert truth("MLP tanh gaussian").fisher.shape[0] == sum(w.size for w in params)
+def cheapest(f: np.ndarray, theta: np.ndarray, q: int) -> float:
+    """The least ½ δᵀFδ with δ_q = −θ_q: a Schur complement, no inverse of F."""
+    others = np.arange(len(f)) != q
+    left = f[q, q] - f[q, others] @ np.linalg.pinv(f[np.ix_(others, others)], rcond=1e-11) @ f[others, q]
+    return float(0.5 * theta[q] ** 2 * max(left, 0.0))
+
+
+@pytest.mark.parametrize("kind", ["full", "dead input", "twice the same input", "categorical"])
+def test_saliencies_are_the_least_cost_at_any_rank(kind: str) -> None:
+    """Where F is singular too; and what removal costs is what the correction makes it cost."""
+    net, params, x, y = case("MLP gelu categorical" if kind == "categorical" else "MLP tanh gaussian")
+    x = np.random.default_rng(3).standard_normal((30, x.shape[-1]))
+    if kind == "dead input":
+        x[:, 2] = 0.0
+    if kind == "twice the same input":
+        x[:, 2] = x[:, 0]
+    estimate = opts.ExactDirections()
+    factors = estimate.factors(estimate.observe(net, params, net.forward(params, x), y, None))
+    found, removed = opts.saliencies(net, params, x), opts.prune(net, params, x)
+    scale = max(float(s.max()) for s in found)
+    for w, block, costs in zip(params, factors, found, strict=True):
+        f, theta = np.kron(block.forward, block.backward), w.T.reshape(-1)
+        wanted = [cheapest(f, theta, q) for q in range(w.size)]
+        np.testing.assert_allclose(costs.T.reshape(-1), wanted, rtol=1e-6, atol=1e-9 * scale)
+    i = int(removed.layer)
+    change = (removed.params[i] - params[i]).T.reshape(-1)
+    f = np.kron(factors[i].forward, factors[i].backward)
+    assert abs(0.5 * change @ f @ change - removed.saliency) <= 1e-9 * scale
+    if kind != "full":
+        assert removed.saliency == 0.0
+        outputs = [np.asarray(net.likelihood.metric(f := net.output(p, x), f)) for p in (params, removed.params)]
+        assert relative(outputs[1], outputs[0]) <= 1e-7

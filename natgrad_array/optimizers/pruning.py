@@ -1,11 +1,16 @@
-"""Pruning by the optimal brain surgeon, with a layer's inverse Fisher information as A⁻¹ ⊗ G⁻¹ (Heskes 2000)."""
+"""Pruning by the optimal brain surgeon, with a layer's inverse Fisher information as A⁻¹ ⊗ G⁻¹ (Heskes 2000).
+
+Of all changes δ that take parameter q to zero the cheapest by ½ δᵀFδ is −θ_q F⁻¹e_q / [F⁻¹]_qq,
+at a cost of θ_q² / (2 [F⁻¹]_qq). Where F is singular, and e_q has a part N e_q that F does not
+see, −θ_q N e_q / N_qq does it for nothing.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from natgrad_array import _arrays
-from natgrad_array._arrays import Array
+from natgrad_array import _arrays, linalg
+from natgrad_array._arrays import Array, Namespace
 from natgrad_array.kronecker import Kronecker
 from natgrad_array.networks.network import Network, Params
 from natgrad_array.optimizers.estimates import ExactDirections
@@ -49,8 +54,8 @@ def saliencies(net: Network, params: Params, x: Array, /, *, damping: float | Ar
     Returns
     -------
     tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
-        θ² / (2 [F⁻¹]), parameter by parameter, in units of the loss; Inf for a parameter
-        that no sample depends on where there is no damping.
+        θ² / (2 [F⁻¹]), parameter by parameter, in units of the loss. Without damping it is
+        zero for a parameter that no sample depends on, or that others can stand in for.
 
     Raises
     ------
@@ -75,25 +80,57 @@ def saliencies(net: Network, params: Params, x: Array, /, *, damping: float | Ar
     return costs
 
 
+class _Surgeon(NamedTuple):
+    """What is known of a layer's F = A ⊗ G: its pseudo-inverse and the projection on its range, and which q are free.
+
+    Free are those with N_qq = [1 − F F⁺]_qq above zero by more than rounding.
+    """
+
+    inverse: Kronecker
+    projection: Kronecker
+    rest: Array
+    free: Array
+
+    @classmethod
+    def of(cls, block: Kronecker) -> _Surgeon:
+        xp = _arrays.namespace(block.forward)
+        forward, backward = _inverse_and_projection(xp, block.forward), _inverse_and_projection(xp, block.backward)
+        projection = Kronecker(forward[1], backward[1])
+        rest = 1.0 - _diagonal(projection)
+        # A smaller share would ask for a correction of thousands of times the parameter.
+        return cls(Kronecker(forward[0], backward[0]), projection, rest, rest > _arrays.eps(xp, rest) ** 0.5)
+
+
+def _inverse_and_projection(xp: Namespace, a: Array) -> tuple[Array, Array]:
+    """A⁺ and A A⁺ of a covariance; the projection from eigenvectors, exact whatever the condition."""
+    values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a + 0.0), None)
+    kept = kept & (values > 0.0)
+    inverse = (vectors * linalg.reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT
+    return inverse, (vectors * xp.astype(kept, a.dtype)[..., None, :]) @ vectors.mT
+
+
+def _diagonal(block: Kronecker) -> Array:
+    """The diagonal of A ⊗ G, in the shape of a layer's parameters."""
+    xp = _arrays.namespace(block.forward)
+    return xp.linalg.diagonal(block.backward)[..., :, None] * xp.linalg.diagonal(block.forward)[..., None, :]
+
+
 def _saliencies(
     net: Network, params: Params, x: Array, damping: float | Array
-) -> tuple[tuple[Array, ...], list[Kronecker]]:
+) -> tuple[tuple[Array, ...], list[_Surgeon]]:
     estimate = ExactDirections()
     trace = net.forward(params, x)
     given = tuple(params)
     xp, like = _arrays.namespace(trace.output), trace.output
     damping = _arrays.check_nonnegative("damping", damping, xp, like, core_ndim=2)
     factors = estimate.factors(estimate.observe(net, given, trace, like, None))
-    inverses = [block.damped_inverse(damping + 0.0 * like[..., :1, :1]) for block in factors]
+    surgeons = [_Surgeon.of(block.damped(damping + 0.0 * like[..., :1, :1])) for block in factors]
     found = []
-    for w, inverse in zip(given, inverses, strict=True):
-        back, forth = xp.linalg.diagonal(inverse.backward), xp.linalg.diagonal(inverse.forward)
-        diagonal = back[..., :, None] * forth[..., None, :]
-        safe = xp.where(diagonal > 0.0, diagonal, 1.0)
-        # Where the pseudo-inverse has nothing, nothing is known of the parameter.
-        cost = xp.where(diagonal > 0.0, 0.5 * w * w / safe, xp.inf + diagonal)
-        found.append(cost)
-    return tuple(found), inverses
+    for w, surgeon in zip(given, surgeons, strict=True):
+        diagonal = _diagonal(surgeon.inverse)
+        cost = 0.5 * w * w / xp.where(surgeon.free, 1.0, diagonal)
+        found.append(xp.where(surgeon.free, 0.0 * cost, cost))
+    return tuple(found), surgeons
 
 
 @_arrays.quiet
@@ -124,7 +161,8 @@ def prune(net: Network, params: Params, x: Array, /, *, damping: float | Array =
 
     Notes
     -----
-    δθ = −θ_q F⁻¹ e_q / [F⁻¹]_qq, the cheapest change that takes parameter q to zero.
+    δθ = −θ_q F⁻¹ e_q / [F⁻¹]_qq, the cheapest change that takes parameter q to zero. Where F
+    is singular and there is no damping, a parameter that others can stand in for goes first.
 
     Examples
     --------
@@ -136,7 +174,7 @@ def prune(net: Network, params: Params, x: Array, /, *, damping: float | Array =
     >>> ng.optimizers.prune(net, params, x).params
     (array([[3., 0., 0.]]),)
     """
-    costs, inverses = _saliencies(net, params, x, damping)
+    costs, surgeons = _saliencies(net, params, x, damping)
     given = tuple(params)
     xp = _arrays.namespace(costs[0])
     batch = _arrays.broadcast_batch({str(i): tuple(cost.shape[:-2]) for i, cost in enumerate(costs)})
@@ -149,7 +187,7 @@ def prune(net: Network, params: Params, x: Array, /, *, damping: float | Array =
     saliency = xp.min(everything, axis=-1)
     layer, row, column = 0 * chosen, 0 * chosen, 0 * chosen
     start, found = 0, []
-    for i, (w, inverse) in enumerate(zip(given, inverses, strict=True)):
+    for i, (w, surgeon) in enumerate(zip(given, surgeons, strict=True)):
         m, n = w.shape[-2:]
         here = (chosen >= start) & (chosen < start + m * n)
         place = xp.where(here, chosen - start, 0)
@@ -159,13 +197,13 @@ def prune(net: Network, params: Params, x: Array, /, *, damping: float | Array =
         rows = xp.astype(xp.arange(m, device=_arrays.device(w)) == (place // n)[..., None], w.dtype)[..., :, None]
         columns = xp.astype(xp.arange(n, device=_arrays.device(w)) == (place % n)[..., None], w.dtype)[..., None, :]
         value = rows.mT @ w @ columns.mT
-        back, forth = inverse.backward @ rows, columns @ inverse.forward
-        scale = xp.sum(back * rows, axis=(-2, -1), keepdims=True) * xp.sum(
-            forth * columns, axis=(-2, -1), keepdims=True
-        )
-        moved = w - value * (back @ forth) / xp.where(scale == 0.0, 1.0, scale)
+        unit = rows * columns
+        free = xp.sum(xp.where(surgeon.free, unit, 0.0), axis=(-2, -1), keepdims=True) > 0.0
+        way = xp.where(free, unit - surgeon.projection.matvec(unit), surgeon.inverse.matvec(unit))
+        scale = xp.sum(way * unit, axis=(-2, -1), keepdims=True)
+        moved = w - value * way / xp.where(scale == 0.0, 1.0, scale)
         # The parameter itself is zero, not zero up to rounding.
-        moved = xp.where((rows * columns) > 0.0, 0.0 * moved, moved)
+        moved = xp.where(unit > 0.0, 0.0 * moved, moved)
         found.append(xp.where(here[..., None, None], moved, w))
         start += m * n
     return Pruned(tuple(found), saliency, layer, row, column)
