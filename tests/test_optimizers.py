@@ -418,6 +418,43 @@ def test_a_rejected_step_is_not_made_and_costs_its_neighbours_nothing() -> None:
     assert state.damping[1] > 1.0
 
 
+# ------------------------------------------------------------------------------ invariance
+
+
+@pytest.mark.parametrize("inverse", [opts.MoorePenrose, opts.FactoredTikhonov, opts.Tikhonov, opts.FullFisher])
+@pytest.mark.parametrize("where", ["input", "hidden"])
+def test_without_damping_outputs_move_alike_in_all_coordinates(inverse: Any, where: str) -> None:
+    """An affine change of what a layer takes or gives, undone by the weights: damping alone tells them apart."""
+    rng = np.random.default_rng(0)
+    net = MLP((3, 3, 3), activation="tanh" if where == "input" else "identity")
+    x, y = rng.standard_normal((2, 40, 3))
+    params = tuple(w + 0.3 * rng.standard_normal(w.shape) for w in net.init(rng, like=x))
+    change = np.eye(4)
+    change[:3, :3] += 0.5 * rng.standard_normal((3, 3))
+    change[:3, 3] = rng.standard_normal(3)
+    back = np.linalg.inv(change)
+    if where == "input":
+        moved = x @ change[:3, :3].T + change[:3, 3]
+        others = (params[0] @ back, params[1])
+    else:
+        moved = x
+        others = (change[:3] @ np.concatenate([params[0], np.eye(4)[3:]]), params[1] @ back)
+    assert relative(net.output(others, moved), net.output(params, x)) <= 1e-12
+
+    def velocity(given: Any, x: Any, damping: float) -> np.ndarray:
+        at = context(net, given, x, y, damping)
+        estimate, chosen = opts.ExactDirections(), inverse()
+        seen = estimate.observe(net, given, at.trace, y, None)
+        moments = chosen.moments(seen, estimate)
+        prepared = chosen.refresh(chosen.start(given, estimate), moments, seen, estimate, at)
+        direction, _ = chosen.apply(prepared, at)
+        return np.asarray(net.tangent(given, at.trace, direction))
+
+    assert relative(velocity(others, moved, 0.0), velocity(params, x, 0.0)) <= 1e-8
+    if inverse is not opts.MoorePenrose:
+        assert relative(velocity(others, moved, 0.1), velocity(params, x, 0.1)) > 1e-3
+
+
 # --------------------------------------------------------------------- ensembles, libraries
 
 
