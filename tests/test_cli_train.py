@@ -146,8 +146,34 @@ def test_interruption_keeps_what_was_computed(
     found = arrays()
     assert found["step"].tolist() == [0, 2, 4]
     assert not found["finished"]
+    assert found["params_step"] == 5
     assert found["params_0"].shape == (2, 6, 65)
     assert "interrupted; what was computed is written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", [3, 4])
+def test_interruption_while_the_held_back_loss_is_computed(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record is whole or missing, and the parameters say which step they are of."""
+    loss, calls = ng.networks.Network.loss, []
+
+    def until_interrupted(self: Any, params: Any, x: Any, y: Any) -> Any:
+        if len(x) == 179:
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+        return loss(self, params, x, y)
+
+    monkeypatch.setattr(ng.networks.Network, "loss", until_interrupted)
+    assert main(["train", "--steps", "50", "--members", "2", "--every", "2", "--hidden", "6"]) == 130
+    found = arrays()
+    kept = call - 1
+    assert found["step"].tolist() == [0, 2, 4][:kept]
+    for name in ("train_loss", "test_loss", "damping"):
+        assert found[name].shape == (kept, 2)
+    assert found["params_step"] == 2 * kept
+    with Path("natgrad-train/history.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 2 * kept
+    assert Path("natgrad-train/train.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -161,8 +187,14 @@ def test_interruption_keeps_what_was_computed(
         (["--labels", "some"], "--labels needs --data"),
         (["--data", "nowhere"], "--data nowhere cannot be read: No such file or directory"),
         (["--preset", "kfac", "--learning-rate", "0.1"], "--learning-rate is none of the options of the preset kfac"),
-        (["--damping", "-1"], "--damping must be at least 0, got -1"),
-        (["--preset", "sgd", "--learning-rate", "nan"], "--learning-rate must be at least 0, got nan"),
+        (["--damping", "-1"], "--damping must be at least 0 and finite, got -1"),
+        (["--preset", "sgd", "--learning-rate", "nan"], "--learning-rate must be at least 0 and finite, got nan"),
+        (["--preset", "sgd", "--learning-rate", "inf"], "--learning-rate must be at least 0 and finite, got inf"),
+        (["--damping", "inf"], "--damping must be at least 0 and finite, got inf"),
+        (["--hidden", "99999999999999999999"], "--hidden and --members ask for more parameters than can be addressed"),
+        (["--hidden", "9999999999,9999999999"], "--hidden and --members ask for more parameters than can be addressed"),
+        (["--members", "99999999999999999999"], "--hidden and --members ask for more parameters than can be addressed"),
+        (["--hidden", "9" * 400], "--hidden and --members ask for more parameters than can be addressed: 1e402"),
         (["--steps", "0"], "steps"),
     ],
 )

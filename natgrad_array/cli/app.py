@@ -208,6 +208,7 @@ def train_command(
     pictures = train.load(images, labels)
     samples = train.split(pictures, task, dtype.value)
     net = train.make_network(samples, task, widths, activation)
+    train.check_size(net, members)
     output.prepare(out)
     widest = max(max(layer.parameter_shape) for layer in net.layers)
     with progress() as bar, libraries.one_thread(widest):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import inspect
+import math
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -89,6 +91,13 @@ def make_network(samples: Split, task: str, hidden: tuple[int, ...], activation:
     return MLP((n, *hidden, max(classes, 2)), activation=activation, likelihood="categorical")
 
 
+def check_size(net: Network, members: int) -> None:
+    """Refuse what no machine can address; NumPy says itself what only this one cannot hold."""
+    count = members * sum(math.prod(layer.parameter_shape) for layer in net.layers)
+    if 8 * count > sys.maxsize:
+        raise CommandError(f"--hidden and --members ask for more parameters than can be addressed: 1e{math.log10(count):.0f}")
+
+
 def make_optimizer(preset: str, learning_rate: float | None, damping: float | None) -> Optimizer:
     """A preset with the options that it has."""
     options = {"learning_rate": learning_rate, "damping": damping}
@@ -99,8 +108,8 @@ def make_optimizer(preset: str, learning_rate: float | None, damping: float | No
         if name not in known:
             raise CommandError(f"--{name.replace('_', '-')} is none of the options of the preset {preset}")
     for name, value in given.items():
-        if not value >= 0.0:
-            raise CommandError(f"--{name.replace('_', '-')} must be at least 0, got {value:g}")
+        if not (value >= 0.0 and math.isfinite(value)):
+            raise CommandError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {value:g}")
     return make(**given)
 
 
@@ -116,6 +125,11 @@ class History:
         Loss of the last batch before its step, and of what was held back.
     damping
         Of each member.
+    finished
+        False after an interruption.
+    params, params_step
+        The last parameters, and the step they come from; after an interruption that may be
+        later than the last record.
     """
 
     step: list[int] = field(default_factory=list)
@@ -125,6 +139,7 @@ class History:
     damping: list[Host] = field(default_factory=list)
     finished: bool = True
     params: tuple[Host, ...] = ()
+    params_step: int = 0
 
 
 def train(
@@ -148,11 +163,12 @@ def train(
     history, order, seconds = History(), np.arange(0), 0.0
 
     def record(step: int, loss: Any, damping: Any) -> None:
+        # All that can be interrupted comes first, so that a record is whole or missing.
+        row = _host(loss), _host(net.loss(params, test_x, test_y)), _host(damping)
         history.step.append(step)
         history.seconds.append(seconds)
-        history.train.append(_host(loss))
-        history.test.append(_host(net.loss(params, test_x, test_y)))
-        history.damping.append(_host(damping))
+        for kept, values in zip((history.train, history.test, history.damping), row, strict=True):
+            kept.append(values)
 
     record(0, net.loss(params, x[:batch, ...], y[:batch, ...]), state.damping)
     try:
@@ -163,6 +179,7 @@ def train(
             inputs, targets = (_placed(place, array[chosen]) for array in (samples.x, samples.y))
             start = time.perf_counter()
             params, state, info = optimizer.step(net, params, state, inputs, targets, rng)
+            history.params_step = step
             loss = _host(info.loss)
             seconds += time.perf_counter() - start
             if step % every == 0 or step == steps:
@@ -170,6 +187,10 @@ def train(
             tick(float(np.median(loss)))
     except KeyboardInterrupt:
         history.finished = False
+        # A signal may still fall between two of the lists.
+        whole = len(history.damping)
+        for kept in (history.step, history.seconds, history.train, history.test):
+            del kept[whole:]
     history.params = tuple(_host(w) for w in params)
     return history
 
@@ -215,6 +236,7 @@ def write(folder: Path, history: History, about: dict[str, Any], title: str) -> 
         "test_loss": np.stack(history.test),
         "damping": np.stack(history.damping),
         "finished": np.asarray(history.finished),
+        "params_step": np.asarray(history.params_step),
     }
     arrays |= {f"params_{i}": w for i, w in enumerate(history.params)}
     arrays |= {key: np.asarray(value) for key, value in about.items()}
