@@ -297,10 +297,11 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
 def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
     """(a + shift 1)⁻¹ of positive semidefinite matrices; `pinvh` of the sum where the shift is lost in rounding.
 
-    The shift bounds the smallest eigenvalue from below, so that a Cholesky factor that
-    exists is one to trust, and no rank is in doubt.
+    Of each matrix one triangle is looked at, or the symmetric part, as the library has it.
+    The shift bounds the smallest eigenvalue from below, so that a Cholesky factor that exists
+    is one to trust, and no rank is in doubt.
     """
-    total = symmetric_part(a) + shift * _arrays.eye(xp, a.shape[-1], a)
+    total = _arrays.add_to_diagonal(xp, a + xp.zeros_like(shift), shift)
     factor = _arrays.cholesky(xp, total)
     inverse = _inverse_of_factored(xp, factor)
     seen = shift[..., 0, 0] > 16 * _arrays.eps(xp, a) * _arrays.norms(xp, a)

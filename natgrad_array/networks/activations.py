@@ -29,8 +29,10 @@ class Activation(NamedTuple):
 
 
 def _decay(xp: Namespace, z: Array) -> Array:
-    """exp(−|z|), which neither overflows nor loses a digit."""
-    return xp.exp(-xp.abs(z))
+    """exp(−|z|), which neither overflows nor loses a digit; an array of the caller's own."""
+    size = xp.abs(z)
+    size *= -1.0
+    return xp.exp(size)
 
 
 def sigmoid(xp: Namespace, z: Array) -> Array:
@@ -42,7 +44,10 @@ def sigmoid(xp: Namespace, z: Array) -> Array:
 def sigmoid_slope(xp: Namespace, z: Array) -> Array:
     """Slope p (1 − p) of the sigmoid p, without the difference."""
     decay = _decay(xp, z)
-    return decay / (1.0 + decay) ** 2
+    whole = 1.0 + decay
+    decay /= whole
+    decay /= whole
+    return decay
 
 
 def softplus(xp: Namespace, z: Array) -> Array:
@@ -51,7 +56,9 @@ def softplus(xp: Namespace, z: Array) -> Array:
 
 
 def _tanh_slope(xp: Namespace, z: Array) -> Array:
-    return 4.0 * sigmoid_slope(xp, 2.0 * z)
+    slope = sigmoid_slope(xp, 2.0 * z)
+    slope *= 4.0
+    return slope
 
 
 def relu(xp: Namespace, z: Array) -> Array:

@@ -131,6 +131,7 @@ class Network:
 
     # ------------------------------------------------------------- outputs, loss, gradient
 
+    @_arrays.quiet
     def output(self, params: Params, x: Array, /) -> Array:
         """Compute the network's outputs.
 
@@ -151,7 +152,8 @@ class Network:
         TypeError, ValueError
             If `params` or `x` do not fit the network or each other.
         """
-        return self.forward(params, x).output
+        _, params = self._check_params(params, x)
+        return passes.forward(self.layers, self.activations, params, x, slopes=False).output
 
     def loss(self, params: Params, x: Array, y: Array, /) -> Array:
         """Compute the mean over samples of the negative log-likelihood.

@@ -34,18 +34,21 @@ class Trace(NamedTuple):
     output: Any
 
 
-def forward(layers: Sequence[Layer], names: Sequence[str], params: Sequence[Array], x: Array) -> Trace:
-    """The forward pass; `names` are those of the hidden activations."""
+def forward(
+    layers: Sequence[Layer], names: Sequence[str], params: Sequence[Array], x: Array, *, slopes: bool = True
+) -> Trace:
+    """The forward pass; `names` are those of the hidden activations, whose slopes only other passes need."""
     xp = _arrays.namespace(x)
-    rows, slopes, a = [], [], x
+    rows, found, a = [], [], x
     for i, (layer, weights) in enumerate(zip(layers, params, strict=True)):
         rows.append(layer.rows(_reshaped(a, layers[i - 1].output_shape, layer.input_shape) if i else a))
         z = layer.forward(weights, rows[-1])
         if i < len(names):
             activation = ACTIVATIONS[names[i]]
             a = activation.value(xp, z)
-            slopes.append(activation.slope(xp, z))
-    return Trace(tuple(rows), tuple(slopes), z)
+            if slopes:
+                found.append(activation.slope(xp, z))
+    return Trace(tuple(rows), tuple(found), z)
 
 
 def backward(layers: Sequence[Layer], params: Sequence[Array], trace: Trace, errors: Array) -> tuple[Array, ...]:

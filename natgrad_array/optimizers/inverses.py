@@ -321,9 +321,11 @@ def root_damped(block: Kronecker, damping: float | Array, samples: int, errors: 
 
 
 def _root_damped(xp: Namespace, a: Array, shift: float | Array, samples: int) -> Array:
-    if samples >= a.shape[-1]:
+    shared = a.ndim == 2 and not isinstance(shift, float) and shift.ndim > 2
+    if samples >= a.shape[-1] and not shared:
         # As many samples as directions: what none of them reaches, their gradient does not either.
         return linalg.shifted_inverse(xp, a, shift)
+    # What all members share is decomposed once, whatever their dampings.
     values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a), None)
     shift = shift if isinstance(shift, float) else shift[..., 0]
     scaled = linalg.reciprocal(xp, values + shift, kept & (values > 0.0))
