@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from backends import JAX, JAX_JIT, Backend
-from network_reference import NETS, case, on, relative, stack, truth
+from network_reference import NETS, case, deltas_of, on, relative, rows_of, stack, truth
 
 import natgrad_array as ng
 from natgrad_array import deep_linear as dl
@@ -22,32 +22,6 @@ from natgrad_array.optimizers.presets import PRESETS
 from natgrad_array.optimizers.steps import curvature, dot
 
 MLPS = ["MLP tanh gaussian", "MLP tanh bernoulli", "MLP gelu categorical", "MLP noise", "one unit"]
-
-
-def rows_of(name: str) -> list[np.ndarray]:
-    """Homogeneous inputs of a network's layers, by plain NumPy."""
-    net, params, x, _ = case(name)
-    functions = {
-        "tanh": np.tanh,
-        "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
-        "softplus": lambda z: np.log1p(np.exp(z)),
-        "gelu": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
-    }
-    rows, a = [], x
-    for i, w in enumerate(params):
-        rows.append(np.concatenate([a, np.ones((len(a), 1))], axis=-1))
-        z = rows[-1] @ w.T
-        a = functions[net.activations[i]](z) if i < len(net.activations) else z
-    return rows
-
-
-def deltas_of(name: str) -> list[np.ndarray]:
-    """Derivatives of all outputs by each layer's pre-activations, (N, n_L, n_i): the bias columns of JAX's Jacobian."""
-    jacobian, end, found = truth(name).jacobian, 0, []
-    for w in case(name).params:
-        end += w.size
-        found.append(jacobian[..., end - w.shape[0] : end])
-    return found
 
 
 def observed(name: str, estimate: opts.Estimate, rng: Any = 0) -> tuple[Any, Any]:

@@ -95,7 +95,9 @@ def check_size(net: Network, members: int) -> None:
     """Refuse what no machine can address; NumPy says itself what only this one cannot hold."""
     count = members * sum(math.prod(layer.parameter_shape) for layer in net.layers)
     if 8 * count > sys.maxsize:
-        raise CommandError(f"--hidden and --members ask for more parameters than can be addressed: 1e{math.log10(count):.0f}")
+        raise CommandError(
+            f"--hidden and --members ask for more parameters than can be addressed: 1e{math.log10(count):.0f}"
+        )
 
 
 def make_optimizer(preset: str, learning_rate: float | None, damping: float | None) -> Optimizer:
