@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import torch
 from backends import JAX, JAX_JIT, Backend
 from network_reference import NETS, case, deltas_of, on, relative, rows_of, stack, truth
 
@@ -263,6 +262,7 @@ def test_the_full_fisher_solves_with_the_dense_matrix(name: str) -> None:
 
 
 def test_adam_and_momentum_are_those_of_torch() -> None:
+    torch = pytest.importorskip("torch")
     net, params, x, y = case("MLP tanh bernoulli")
     for mine, theirs in (
         (opts.adam(learning_rate=0.05), lambda p: torch.optim.Adam(p, lr=0.05)),
@@ -528,6 +528,7 @@ def test_on_every_library(backend: Backend, dtype: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["foof", "prong", "ng_sgd", "bounded_kfac", "sgd", "adam"])
 def test_updates_of_a_torch_module_are_the_steps_of_the_same_network(name: str) -> None:
     """Activations and errors by torch's own hooks and autodiff."""
+    torch = pytest.importorskip("torch")
     net, params, x, y = case("MLP tanh gaussian")
     optimizer = PRESETS[name]()
     wanted, reference, state = params, optimizer.init(net, params), None
