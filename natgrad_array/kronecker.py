@@ -236,6 +236,19 @@ class KroneckerBasis(NamedTuple):
         scale = self.scale + damping
         return self.rotate_back(self.rotate(v) * linalg.reciprocal(xp, scale, scale > 0.0))
 
+    def to_dense(self) -> Array:
+        """Form the matrix itself, for small ones.
+
+        Returns
+        -------
+        array, shape (*batch, m n, m n)
+            U diag(scale) Uᵀ with U = U_A ⊗ U_G; column stacking.
+        """
+        xp = _arrays.namespace(self.scale)
+        backward = _arrays.eye(xp, self.scale.shape[-2], self.scale) if self.backward is None else self.backward
+        vectors = linalg.kron(xp, self.forward, backward)
+        return (vectors * linalg.vec(xp, self.scale)[..., None, :]) @ vectors.mT
+
 
 def _eigen(xp: Namespace, a: Array) -> tuple[Array, Array]:
     values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a), None)

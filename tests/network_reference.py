@@ -199,3 +199,34 @@ def relative(found: Any, wanted: Any) -> float:
     assert found.shape == wanted.shape, f"{found.shape} in place of {wanted.shape}"
     scale = np.linalg.norm(wanted)
     return float(np.linalg.norm(found - wanted) / (scale if scale else 1.0))
+
+
+def rows_of(name: str) -> list[np.ndarray]:
+    """Homogeneous inputs of a network's layers, by plain NumPy."""
+    net, params, x, _ = case(name)
+    functions = {
+        "tanh": np.tanh,
+        "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+        "softplus": lambda z: np.log1p(np.exp(z)),
+        "gelu": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
+    }
+    rows, a = [], x
+    for i, w in enumerate(params):
+        rows.append(np.concatenate([a, np.ones((len(a), 1))], axis=-1))
+        z = rows[-1] @ w.T
+        a = functions[net.activations[i]](z) if i < len(net.activations) else z
+    return rows
+
+
+def deltas_of(name: str) -> list[np.ndarray]:
+    """Derivatives of all outputs by each layer's pre-activations, (N, n_L, n_i): the bias columns of JAX's Jacobian."""
+    jacobian, end, found = truth(name).jacobian, 0, []
+    for w in case(name).params:
+        end += w.size
+        found.append(jacobian[..., end - w.shape[0] : end])
+    return found
+
+
+def ends(params: Any) -> list[int]:
+    """Where each layer's parameters start in a stack of them, and where the last one's end."""
+    return [0, *np.cumsum([w[0].size if w.ndim > 2 else w.size for w in params]).tolist()]

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import natgrad_array as ng
 from natgrad_array.cli import main, train
@@ -104,11 +103,11 @@ def test_every_preset_trains(preset: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_libraries_agree(backend: str) -> None:
+    pytest.importorskip(backend)
     options = [*FAST, "--dtype", "float64", "--preset", "kfac"]
     assert main(["train", *options]) == 0
     wanted = arrays()
     assert main(["train", *options, "--backend", backend]) == 0
-    assert torch.get_num_threads() > 0
     np.testing.assert_allclose(arrays()["test_loss"], wanted["test_loss"], rtol=1e-8)
 
 

@@ -12,8 +12,8 @@ import jax
 import network_reference as ref
 import numpy as np
 import pytest
-from backends import JAX, JAX_JIT, Backend
-from network_reference import FEW, NETS, TWO, case, on, relative, stack, tangent_of, truth
+from backends import JAX, Backend
+from network_reference import FEW, NETS, TWO, case, ends, on, relative, stack, tangent_of, truth
 
 import natgrad_array as ng
 from natgrad_array import deep_linear as dl
@@ -35,10 +35,6 @@ def pinv(matrix: np.ndarray, cutoff: float = CUTOFF) -> np.ndarray:
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     kept = values > cutoff * values[-1]
     return (vectors * np.where(kept, 1.0 / np.where(kept, values, 1.0), 0.0)) @ vectors.T
-
-
-def ends(params: Any) -> list[int]:
-    return [0, *np.cumsum([w[0].size if w.ndim > 2 else w.size for w in params]).tolist()]
 
 
 @pytest.fixture(params=ROUTES)
@@ -631,77 +627,6 @@ def test_object_made_outside_a_trace_and_used_in_it() -> None:
         assert relative(stack(step), stack(eager)) <= 1e-10
 
 
-def test_compare() -> None:
-    given = case("MLP gelu categorical")
-    exact, gradient = fisher_of("MLP gelu categorical"), tangent_of(given.params)
-    estimate = ng.sampled_fisher(given.net, given.params, given.x, 0, n_samples=20)
-    report = exact.compare(estimate, gradient, inverse="block_diagonal", damping=0.1)
-    dense, other, start = truth("MLP gelu categorical").fisher, estimate.to_dense(), ends(given.params)
-    blocks = [(slice(*start[i : i + 2]), slice(*start[j : j + 2])) for i in range(3) for j in range(3)]
-    errors = [np.linalg.norm(other[b] - dense[b]) / np.linalg.norm(dense[b]) for b in blocks]
-    assert relative(report.block_errors.reshape(-1), errors) <= 1e-9
-    diagonal = sum(np.linalg.norm(dense[b]) ** 2 for b in blocks[::4])
-    share = (1.0 - diagonal / np.linalg.norm(dense) ** 2) ** 0.5
-    assert abs(report.cross_layer - share) <= 1e-12
-    wanted = stack(exact.precondition(gradient, inverse="moore_penrose"))
-    step = stack(estimate.precondition(gradient, inverse="block_diagonal", damping=0.1))
-    assert abs(report.length - np.linalg.norm(step) / np.linalg.norm(wanted)) <= 1e-12 * report.length
-    assert abs(report.cosine - step @ wanted / np.linalg.norm(step) / np.linalg.norm(wanted)) <= 1e-12
-    np.testing.assert_array_equal(report.spectrum, exact.spectrum())
-    np.testing.assert_array_equal(report.estimate_spectrum, estimate.spectrum())
-    text = str(report)
-    assert text.splitlines()[0] == "1 network; relative error of the blocks between layers"
-    assert f"{float(report.cosine):.2g}" in text
-    assert f"{errors[1]:.2g}" in text
-    itself = exact.compare(exact, gradient, inverse="moore_penrose")
-    assert not itself.block_errors.any()
-    assert abs(itself.cosine - 1.0) <= 1e-12
-    assert itself.length == 1.0
-
-
-def test_compare_stacks_dead_layers_and_bad_members() -> None:
-    net, _, x, y = case("MLP tanh gaussian")
-    params = net.init(0, (4,), like=x)
-    params[2][1] = 0.0
-    params[0][2, 0, 0] = np.nan
-    gradient = tangent_of(params)
-    exact, empirical = net.fisher(params, x), ng.empirical_fisher(net, params, x, y)
-    report = exact.compare(empirical, gradient, damping=0.1)
-    assert report.block_errors.shape == (4, 3, 3)
-    assert np.isnan(report.cosine).tolist() == [False, False, True, False]
-    # No block of the first layers in either: nothing to be wrong about.
-    assert not report.block_errors[1, :2, :2].any()
-    assert report.block_errors[1, 2, 2] > 0.0
-    for b in (0, 1, 3):
-        own = tuple(w[b] for w in params)
-        alone = net.fisher(own, x).compare(
-            ng.empirical_fisher(net, own, x, y), tuple(g[b] for g in gradient), damping=0.1
-        )
-        for whole, one in zip(report, alone, strict=True):
-            np.testing.assert_allclose(whole[b], one, rtol=1e-6, atol=1e-12)
-    assert str(report).startswith("median of 4 networks")
-    found = JAX_JIT.call(
-        lambda p, x, g: net.fisher(p, x).compare(net.fisher(p, x), g, damping=0.1),
-        JAX.asarrays(*params),
-        JAX.asarray(x),
-        JAX.asarrays(*gradient),
-    )
-    assert isinstance(found, ng.FisherComparison)
-    np.testing.assert_allclose(
-        found.length, exact.compare(exact, gradient, damping=0.1).length, rtol=1e-6, equal_nan=True
-    )
-
-
-def test_compare_one_layer_and_no_gradient() -> None:
-    net, params, x, _ = case("one layer")
-    fisher = net.fisher(params, x)
-    report = fisher.compare(fisher, (0.0 * params[0],))
-    assert float(report.cross_layer) == 0.0
-    assert np.isnan(report.cosine)
-    assert np.isnan(report.length)
-    assert "-" in str(report)
-
-
 def test_as_an_operator_of_scipy(backend: Backend) -> None:
     linalg = pytest.importorskip("scipy.sparse.linalg")
     net, params, x, _ = on(backend, case("MLP noise"))
@@ -791,12 +716,6 @@ def test_layers_that_are_not_there(bad: Any) -> None:
             r"rtol must have a shape that broadcasts to the batch shape \(\)",
         ),
         (lambda F, g: F.rank(rtol=-1.0), ValueError, "rtol must be at least 0"),
-        (lambda F, g: F.compare(F.to_dense(), g), TypeError, "estimate must be a NetworkFisher"),
-        (
-            lambda F, g: F.compare(fisher_of("one layer"), g),
-            ValueError,
-            r"estimate must have parameters of shapes \[\(6, 5\), \(3, 7\)\], got \[\(3, 5\)\]",
-        ),
         (lambda F, g: ng.NetworkFisher("net", g, g[0]), TypeError, "net must be a Network, got str 'net'"),
         (
             lambda F, g: ng.sampled_fisher(*case("MLP noise")[:3], 0, n_samples=0),

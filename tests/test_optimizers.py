@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import torch
 from backends import JAX, JAX_JIT, Backend
-from network_reference import NETS, case, on, relative, stack, truth
+from network_reference import NETS, case, deltas_of, on, relative, rows_of, stack, truth
 
 import natgrad_array as ng
 from natgrad_array import deep_linear as dl
@@ -22,32 +21,6 @@ from natgrad_array.optimizers.presets import PRESETS
 from natgrad_array.optimizers.steps import curvature, dot
 
 MLPS = ["MLP tanh gaussian", "MLP tanh bernoulli", "MLP gelu categorical", "MLP noise", "one unit"]
-
-
-def rows_of(name: str) -> list[np.ndarray]:
-    """Homogeneous inputs of a network's layers, by plain NumPy."""
-    net, params, x, _ = case(name)
-    functions = {
-        "tanh": np.tanh,
-        "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
-        "softplus": lambda z: np.log1p(np.exp(z)),
-        "gelu": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
-    }
-    rows, a = [], x
-    for i, w in enumerate(params):
-        rows.append(np.concatenate([a, np.ones((len(a), 1))], axis=-1))
-        z = rows[-1] @ w.T
-        a = functions[net.activations[i]](z) if i < len(net.activations) else z
-    return rows
-
-
-def deltas_of(name: str) -> list[np.ndarray]:
-    """Derivatives of all outputs by each layer's pre-activations, (N, n_L, n_i): the bias columns of JAX's Jacobian."""
-    jacobian, end, found = truth(name).jacobian, 0, []
-    for w in case(name).params:
-        end += w.size
-        found.append(jacobian[..., end - w.shape[0] : end])
-    return found
 
 
 def observed(name: str, estimate: opts.Estimate, rng: Any = 0) -> tuple[Any, Any]:
@@ -289,6 +262,7 @@ def test_the_full_fisher_solves_with_the_dense_matrix(name: str) -> None:
 
 
 def test_adam_and_momentum_are_those_of_torch() -> None:
+    torch = pytest.importorskip("torch")
     net, params, x, y = case("MLP tanh bernoulli")
     for mine, theirs in (
         (opts.adam(learning_rate=0.05), lambda p: torch.optim.Adam(p, lr=0.05)),
@@ -554,6 +528,7 @@ def test_on_every_library(backend: Backend, dtype: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["foof", "prong", "ng_sgd", "bounded_kfac", "sgd", "adam"])
 def test_updates_of_a_torch_module_are_the_steps_of_the_same_network(name: str) -> None:
     """Activations and errors by torch's own hooks and autodiff."""
+    torch = pytest.importorskip("torch")
     net, params, x, y = case("MLP tanh gaussian")
     optimizer = PRESETS[name]()
     wanted, reference, state = params, optimizer.init(net, params), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from natgrad_array.cli import INTERRUPTED, check, data, demo, libraries, output, train
+from natgrad_array.cli import INTERRUPTED, check, compare, data, demo, libraries, output, train
 from natgrad_array.cli.errors import CommandError
 from natgrad_array.cli.libraries import BackendName, DtypeName
 from natgrad_array.networks.activations import ACTIVATIONS
@@ -195,13 +196,7 @@ def train_command(
     ),
 ) -> int:
     """Train an ensemble of networks on images by any preset, and keep parameters, history and a figure."""
-    for name, value, options in (
-        ("preset", preset, tuple(PRESETS)),
-        ("task", task, train.TASKS),
-        ("activation", activation, tuple(ACTIVATIONS)),
-    ):
-        if value not in options:
-            raise CommandError(f"--{name} must be one of {', '.join(options)}, got {value}")
+    _check_names(preset, task, activation)
     widths = parse_sizes(hidden, "--hidden", least=1)
     optimizer = train.make_optimizer(preset, learning_rate, damping)
     place = libraries.connect(backend.value, device, dtype.value)
@@ -253,6 +248,118 @@ def train_command(
         screen.print(f"\n{taken} steps recorded, {1e3 * history.seconds[-1] / taken:.1f} ms each for the ensemble.")
     screen.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
     if not history.finished:
+        sys.stderr.write("natgrad-array: interrupted; what was computed is written\n")
+        return INTERRUPTED
+    return 0
+
+
+def _check_names(preset: str, task: str, activation: str) -> None:
+    for name, value, options in (
+        ("preset", preset, tuple(PRESETS)),
+        ("task", task, train.TASKS),
+        ("activation", activation, tuple(ACTIVATIONS)),
+    ):
+        if value not in options:
+            raise CommandError(f"--{name} must be one of {', '.join(options)}, got {value}")
+
+
+@app.command("compare")
+def compare_command(
+    preset: Annotated[str, typer.Option("--preset", help="What the network is trained by.")] = "natural_gradient",
+    task: Annotated[str, typer.Option("--task", help="autoencoder or classify.")] = "classify",
+    hidden: Annotated[str, typer.Option("--hidden", help="Widths of the hidden layers, such as 10,10.")] = "10,10",
+    activation: Annotated[str, typer.Option("--activation", help="Of all hidden layers.")] = "tanh",
+    images: Annotated[
+        Path | None, typer.Option("--data", help="IDX file of images (MNIST's format); digits of 8 x 8 pixels without.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", help="IDX file of their labels.")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Of training.")] = 20,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images in each.")] = 500,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Images that F is the mean over.")] = 100,
+    draws: Annotated[int, typer.Option("--draws", min=1, help="Targets drawn for each of them by `sampled`.")] = 1,
+    members: Annotated[int, typer.Option("--members", min=1, help="Networks, each from its own seed.")] = 4,
+    damping: Annotated[float, typer.Option("--damping", help="Of everything but F itself.")] = 1e-3,
+    backend: BackendOption = BackendName.numpy,
+    device: DeviceOption = None,
+    dtype: DtypeOption = DtypeName.float64,
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the figure, the table and the arrays.")] = Path(
+        "natgrad-compare"
+    ),
+) -> int:
+    """Train networks a little, and hold estimates and optimizers against their exact Fisher information."""
+    _check_names(preset, task, activation)
+    if not (damping >= 0.0 and math.isfinite(damping)):
+        raise CommandError(f"--damping must be at least 0 and finite, got {damping:g}")
+    widths = parse_sizes(hidden, "--hidden", least=1)
+    place = libraries.connect(backend.value, device, dtype.value)
+    pictures = train.load(images, labels)
+    parts = train.split(pictures, task, dtype.value)
+    net = train.make_network(parts, task, widths, activation)
+    train.check_size(net, members)
+    output.prepare(out)
+    reports: compare.Reports = {}
+    widest = max(max(layer.parameter_shape) for layer in net.layers)
+    with progress() as bar, libraries.one_thread(widest):
+        job = bar.add_task(f"training by {preset}", total=steps + len(compare.METHODS))
+        history = train.train(
+            net,
+            PRESETS[preset](),
+            parts,
+            place,
+            members=members,
+            steps=steps,
+            batch=batch,
+            every=max(1, steps),
+            seed=seed,
+            tick=lambda _: bar.advance(job),
+        )
+        interrupted = not history.finished
+        if not interrupted:
+            params = tuple(place.asarray(w) for w in history.params)
+            x, y = (train.placed(place, array[:samples]) for array in (parts.x, parts.y))
+            try:
+                for name, report in compare.compare_all(net, params, x, y, damping=damping, draws=draws, seed=seed):
+                    reports[name] = report
+                    bar.update(job, advance=1, description=f"{name} compared")
+            except KeyboardInterrupt:
+                interrupted = True
+            except ValueError as error:
+                # What would not fit is refused before it is made.
+                raise CommandError(f"{error}; --hidden, --samples and --members say how large it is") from error
+    sizes = "-".join(str(n) for n in (parts.x.shape[-1], *(layer.output_shape[-1] for layer in net.layers)))
+    count = min(samples, len(parts.x))
+    about = {
+        "data": pictures.name,
+        "task": task,
+        "preset": preset,
+        "steps": history.params_step,
+        "sizes": sizes,
+        "activation": activation,
+        "samples": count,
+        "draws": draws,
+        "damping": damping,
+        "backend": place.name,
+        "device": place.device,
+        "dtype": dtype.value,
+        "seed": seed,
+        "finished": not interrupted,
+        "version": version(),
+    }
+    what = f"{members} networks {sizes}, {history.params_step} steps of {preset} on {pictures.name}"
+    written = compare.write(out, reports, history.params, about, f"{what}: F on {count} images, damping {damping:g}")
+    screen = console()
+    if reports:
+        screen.print(
+            f"{what}.\nThe exact Fisher information on {count} images: {net.n_parameters} parameters, "
+            f"share of the norm between layers {compare.middle(next(iter(reports.values())).cross_layer):.3g}; "
+            f"damping {damping:g}; {place.name} on {place.device}, {dtype.value}.\n",
+            soft_wrap=True,
+        )
+        screen.print(compare.table(reports))
+        screen.print("\n" + "\n".join(compare.NOTES), soft_wrap=True)
+    screen.print(f"\nWritten: {', '.join(map(str, written))}", soft_wrap=True)
+    if interrupted:
         sys.stderr.write("natgrad-array: interrupted; what was computed is written\n")
         return INTERRUPTED
     return 0

@@ -95,7 +95,8 @@ def check_size(net: Network, members: int) -> None:
     """Refuse what no machine can address; NumPy says itself what only this one cannot hold."""
     count = members * sum(math.prod(layer.parameter_shape) for layer in net.layers)
     if 8 * count > sys.maxsize:
-        raise CommandError(f"--hidden and --members ask for more parameters than can be addressed: 1e{math.log10(count):.0f}")
+        size = f"1e{math.floor(math.log10(count))}"
+        raise CommandError(f"--hidden and --members ask for more parameters than can be addressed: {size}")
 
 
 def make_optimizer(preset: str, learning_rate: float | None, damping: float | None) -> Optimizer:
@@ -157,7 +158,7 @@ def train(
 ) -> History:
     """Train an ensemble; an interruption ends it, and what was computed is kept."""
     rng = np.random.default_rng(seed)
-    x, y, test_x, test_y = (_placed(place, array) for array in samples)
+    x, y, test_x, test_y = (placed(place, array) for array in samples)
     params = net.init(rng, (members,), like=x)
     state = optimizer.init(net, params)
     history, order, seconds = History(), np.arange(0), 0.0
@@ -176,7 +177,7 @@ def train(
             if len(order) < min(batch, len(samples.x)):
                 order = rng.permutation(len(samples.x))
             chosen, order = order[:batch], order[batch:]
-            inputs, targets = (_placed(place, array[chosen]) for array in (samples.x, samples.y))
+            inputs, targets = (placed(place, array[chosen]) for array in (samples.x, samples.y))
             start = time.perf_counter()
             params, state, info = optimizer.step(net, params, state, inputs, targets, rng)
             history.params_step = step
@@ -195,7 +196,7 @@ def train(
     return history
 
 
-def _placed(place: Backend, array: Host) -> Any:
+def placed(place: Backend, array: Host) -> Any:
     """An array on the backend, which makes everything floating: classes back to integers."""
     placed = place.asarray(array)
     xp = _arrays.namespace(placed)

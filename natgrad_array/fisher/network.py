@@ -366,37 +366,51 @@ class NetworkFisher:
 
     def compare(
         self,
-        estimate: NetworkFisher,
-        gradient: Params,
+        estimate: NetworkFisher | Callable[[tuple[Array, ...]], Any],
+        gradient: Params | None = None,
         /,
         *,
         inverse: str = "layerwise",
         damping: float | Array = 0.0,
         rtol: float | Array | None = None,
     ) -> FisherComparison:
-        """Hold an estimate, or an inverse of F, against F and F⁺∇.
+        """Hold an estimate, an inverse of F or any preconditioner against F and F⁺∇.
 
         Parameters
         ----------
-        estimate : NetworkFisher
-            An estimate of this Fisher information, or itself, to see what an inverse does.
-        gradient : sequence of arrays, shapes (*batch, n_i, n_{i-1} + 1)
-            The gradient that both are applied to.
+        estimate : NetworkFisher or callable
+            An estimate of this Fisher information; or itself, to see what an inverse does;
+            or a preconditioner, which takes a gradient and returns a direction. One that
+            `Optimizer.preconditioner` makes is compared block by block too, and so is any
+            other with a true `has_blocks` and a method `block` like that one's.
+        gradient : sequence of arrays, shapes (*batch, n_i, n_{i-1} + 1), optional
+            The gradient that both are applied to; without one there are no steps.
         inverse, damping, rtol : str, float or array, float or array
-            How the estimate is inverted, as in `precondition`; F itself by
+            How a NetworkFisher is inverted, as in `precondition`; F itself by
             "moore_penrose" without damping.
 
         Returns
         -------
         FisherComparison
-            Errors of the blocks, spectra and the step's cosine and length, per member;
-            `str` makes a table of it.
+            Errors of the blocks, spectra, and the step's cosine, length and gain, per
+            member; None for what does not apply. `str` makes a table of it.
 
         Raises
         ------
         TypeError, ValueError
-            If the estimate is none of the same layers, as `precondition` does, and where
-            dense blocks would not fit in memory.
+            If the estimate is none of the same layers, a preconditioner is given options
+            that are not its own, or a bare callable no gradient; as `precondition` does;
+            and where dense blocks would not fit in memory.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1))
+        >>> F = net.fisher((np.asarray([[2.0, 0.0]]),), np.asarray([[1.0], [-1.0]]))
+        >>> report = F.compare(lambda gradient: gradient, (np.asarray([[3.0, 4.0]]),))
+        >>> bool(np.isclose(report.cosine, 1.0)), report.block_errors is None
+        (True, True)
         """
         from natgrad_array.fisher.compare import compare
 

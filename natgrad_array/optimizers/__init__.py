@@ -27,6 +27,7 @@ from natgrad_array.optimizers.inverses import (
 )
 from natgrad_array.optimizers.low_rank import LowRankOnline
 from natgrad_array.optimizers.optimizer import Optimizer, OptimizerState, StepInfo
+from natgrad_array.optimizers.preconditioner import Preconditioner
 from natgrad_array.optimizers.presets import (
     adam,
     bounded_kfac,
@@ -74,6 +75,7 @@ __all__ = [
     "Optimizer",
     "OptimizerState",
     "PerLayer",
+    "Preconditioner",
     "Pruned",
     "QuadraticModel",
     "RescaledEigenbasis",

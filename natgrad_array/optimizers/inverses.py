@@ -74,6 +74,9 @@ class Inverse:
     remembers: ClassVar[bool] = False
     """Whether it works on what it made in earlier steps."""
 
+    has_blocks: ClassVar[bool] = False
+    """Whether there is an estimate of the Fisher information behind it."""
+
     def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
         """Compute the quantities that are averaged over batches.
 
@@ -203,6 +206,34 @@ class Inverse:
         """
         return ()
 
+    def block(self, i: int, j: int, moments: Any, prepared: Any, at: Context) -> Array | None:
+        """Form a dense block of the estimate of the Fisher information that is inverted, before damping.
+
+        Parameters
+        ----------
+        i, j : int
+            Layers, i ≤ j.
+        moments : tuple
+            The averaged moments.
+        prepared : tuple
+            What `refresh` or `follow` made.
+        at : Context
+            Where the optimizer is.
+
+        Returns
+        -------
+        array, shape (*batch, n_i (n_{i-1} + 1), n_j (n_{j-1} + 1)), or None
+            None for zero.
+        """
+        return None
+
+
+def dense(block: Kronecker, w: Array) -> Array:
+    """A ⊗ G of a layer, the identity in place of a G that is not there."""
+    xp = _arrays.namespace(block.forward)
+    backward = _arrays.eye(xp, w.shape[-2], block.forward) if block.backward is None else block.backward
+    return linalg.kron(xp, block.forward, backward)
+
 
 def zero_blocks(params: Tangent, estimate: Estimate) -> tuple[Kronecker, ...]:
     """Blocks of zeros for every layer, of the parts that an estimate has."""
@@ -220,6 +251,7 @@ class ByFactors(Inverse):
     """Inverses of the two moments of every layer."""
 
     uses_statistics: ClassVar[bool] = True
+    has_blocks: ClassVar[bool] = True
 
     def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
         return estimate.factors(statistics)
@@ -229,6 +261,9 @@ class ByFactors(Inverse):
 
     def start(self, params: Tangent, estimate: Estimate) -> Any:
         return zero_blocks(params, estimate)
+
+    def block(self, i: int, j: int, moments: Any, prepared: Any, at: Context) -> Array | None:
+        return dense(moments[i], at.params[i]) if i == j else None
 
 
 @dataclass(frozen=True)
@@ -376,6 +411,10 @@ class RescaledEigenbasis(Tikhonov):
 
     def follow(self, prepared: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
         return self._rescaled(prepared, statistics, self.average)
+
+    def block(self, i: int, j: int, moments: Any, prepared: Any, at: Context) -> Array | None:
+        basis: KroneckerBasis = prepared[i]
+        return basis.to_dense() if i == j else None
 
     def _rescaled(self, bases: Any, statistics: Statistics, average: float) -> tuple[KroneckerBasis, ...]:
         assert statistics.deltas is not None

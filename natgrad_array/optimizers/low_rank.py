@@ -73,6 +73,18 @@ class LowRank(NamedTuple):
         """
         return _arrays.namespace(self.rows).sum(self.excess, axis=-1) + self.rest * self.rows.shape[-1]
 
+    def to_dense(self) -> Array:
+        """F itself.
+
+        Returns
+        -------
+        array, shape (*batch, d, d)
+            Rᵀ D R + ρ 1.
+        """
+        xp = _arrays.namespace(self.rows)
+        rest = self.rest[..., None, None] * _arrays.eye(xp, self.rows.shape[-1], self.rows)
+        return self.rows.mT @ (self.excess[..., None] * self.rows) + rest
+
     def updated(self, moment: Array, eta: float, /) -> LowRank:
         """Take one step of the power method.
 
@@ -170,6 +182,7 @@ class LowRankOnline(Inverse):
     uses_statistics: ClassVar[bool] = True
     needs_errors: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
+    has_blocks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("input_rank", "output_rank"):
@@ -225,6 +238,10 @@ class LowRankOnline(Inverse):
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
         pairs = zip(prepared[1], at.gradient, strict=True)
         return tuple(backward @ g @ forward for (forward, backward), g in pairs), prepared
+
+    def block(self, i: int, j: int, moments: Any, prepared: Any, at: Context) -> Array | None:
+        forward, backward = (side.to_dense() for side in prepared[0][i])
+        return linalg.kron(at.xp, forward, backward) if i == j else None
 
 
 def _zero_moments(w: Array) -> tuple[Array, Array]:

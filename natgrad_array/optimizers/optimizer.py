@@ -12,6 +12,7 @@ from natgrad_array.networks import passes
 from natgrad_array.networks.network import Network, Params
 from natgrad_array.optimizers.estimates import Estimate, InputsOnly, Statistics, weighted
 from natgrad_array.optimizers.inverses import Context, Identity, Inverse, Tangent
+from natgrad_array.optimizers.preconditioner import Preconditioner
 from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, Scaling
 
 
@@ -209,9 +210,62 @@ class Optimizer:
             If the arguments do not fit the network or each other, or `rng` is missing.
         """
         _, given = _check(net, params)
-        if not isinstance(state, OptimizerState):
-            raise TypeError(f"state must be what init or step returned, got {_arrays.describe(state)}")
+        _check_state(state)
         return self._step(net, given, state, x, y, rng, None)
+
+    @_arrays.quiet
+    def preconditioner(
+        self, net: Network, params: Params, state: OptimizerState, x: Array, y: Array, rng: Any = None, /
+    ) -> Preconditioner:
+        """Look at one batch, and make the map from gradients to directions that a step would use.
+
+        Parameters
+        ----------
+        net : Network
+            The layers and the likelihood.
+        params : sequence of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+            The parameters.
+        state : OptimizerState
+            From `init` or from the last step: averages, what the inverse remembers, and the
+            damping.
+        x : array, shape (*batch, N, n_0), or (*batch, N, height, width, channels)
+            N inputs.
+        y : array, shape (*batch, N, n_L), or (*batch, N) for classes
+            Their targets, which only an empirical estimate looks at.
+        rng : int, numpy.random.Generator, cupy.random.Generator, torch.Generator, JAX key, or array
+            Where randomness comes from, as for `step`.
+
+        Returns
+        -------
+        Preconditioner
+            To apply, or to hold against the exact Fisher information by its `compare`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `step` does.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((2, 3, 1))
+        >>> x = np.random.default_rng(0).standard_normal((50, 2))
+        >>> params, y = net.init(0, like=x), x[:, :1] * x[:, 1:]
+        >>> opt = ng.optimizers.kfac(damping=1e-3, share=1.0)
+        >>> kfac = opt.preconditioner(net, params, opt.init(net, params), x, y, 0)
+        >>> report = net.fisher(params, x).compare(kfac, net.gradient(params, x, y))
+        >>> bool(report.left_out == report.cross_layer)
+        True
+        """
+        _, given = _check(net, params)
+        _check_state(state)
+        trace = net.forward(given, x)
+        # The targets are checked where a step would check them.
+        net.likelihood.residual(trace.output, y)
+        at = Context(net, given, x, trace, (), state.damping, state.count)
+        statistics = self.estimate.observe(net, given, trace, y, rng) if self.inverse.uses_statistics else None
+        return Preconditioner(self.inverse, *self._prepare(state, at, statistics), at)
 
     def _step(
         self,
@@ -248,6 +302,7 @@ class Optimizer:
         """
         xp = at.xp
         moments, prepared = self._prepare(state, at, statistics)
+        moments = moments if self.estimate.average > 0.0 else ()
         direction, prepared = self.inverse.apply(prepared, at)
         made = self.scaling.take(direction, state.previous, at)
         new = tuple(w + d for w, d in zip(at.params, made.change, strict=True))
@@ -352,18 +407,17 @@ class Optimizer:
         if average > 0.0:
             kept = 1.0 - 1.0 / (state.count + 1.0)
             moments = weighted(state.moments, moments, at.xp.where(kept < average, kept, average))
-        carried = moments if average > 0.0 else ()
 
         def refreshed() -> Any:
             return self.inverse.refresh(state.prepared, moments, statistics, self.estimate, at)
 
         if self.refresh == 1:
-            return carried, refreshed()
+            return moments, refreshed()
         due = state.count % self.refresh == 0.0
         prepared = _arrays.branch(
             due, refreshed, lambda: self.inverse.follow(state.prepared, statistics, self.estimate, at)
         )
-        return carried, prepared
+        return moments, prepared
 
 
 def _spread(values: Any, like: Any) -> Any:
@@ -381,3 +435,8 @@ def _check(net: Network, params: Params) -> tuple[Namespace, tuple[Array, ...]]:
         raise TypeError(f"net must be a Network, got {_arrays.describe(net)}")
     given = _arrays.check_sequence("params", params, "a tuple or list with one array for each layer")
     return _arrays.namespace(given[0]), net.check_tangent("params", given, given[0])
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, OptimizerState):
+        raise TypeError(f"state must be what init or step returned, got {_arrays.describe(state)}")

@@ -17,7 +17,7 @@ from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.kronecker import Kronecker
 from natgrad_array.optimizers.estimates import Estimate, Statistics
-from natgrad_array.optimizers.inverses import Context, Inverse, Tangent, zero_blocks
+from natgrad_array.optimizers.inverses import Context, Inverse, Tangent, dense, zero_blocks
 
 
 class Regression(NamedTuple):
@@ -55,6 +55,7 @@ class BlockTridiagonal(Inverse):
 
     uses_statistics: ClassVar[bool] = True
     needs_errors: ClassVar[bool] = True
+    has_blocks: ClassVar[bool] = True
 
     def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
         if any(rows.shape[-2] != 1 for rows in statistics.rows):
@@ -105,6 +106,16 @@ class BlockTridiagonal(Inverse):
         for r, before, w in zip(regressions, solved, solved[1:], strict=False):
             found.append(w - r.psi_backward.mT @ before @ r.psi_forward)
         return tuple(found), prepared
+
+    def block(self, i: int, j: int, moments: Any, prepared: Any, at: Context) -> Array | None:
+        blocks, crosses = moments
+        if i == j:
+            return dense(blocks[i], at.params[i])
+        # Layers further apart see each other through those between: F̂_ij = Ψ_i F̂_{i+1,j}.
+        forward, backward = crosses[j - 1]
+        for regression in reversed(prepared[0][i : j - 1]):
+            forward, backward = regression.psi_forward @ forward, regression.psi_backward @ backward
+        return linalg.kron(at.xp, forward, backward)
 
 
 def _zero_crosses(params: Tangent) -> list[tuple[Array, Array]]:
