@@ -209,6 +209,8 @@ class Checkpoint:
                 return {name: np.lib.format.read_array(file, allow_pickle=False) for name in entry["arrays"]}
         except OSError as error:
             raise _DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise _DamagedError(f"{path.name} does not hold arrays of numbers: {error}") from None
 
 
 class _DamagedError(Exception):
@@ -234,12 +236,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         text = json.dumps(payload, sort_keys=True)
         if hashlib.sha256(text.encode()).hexdigest() != content["sha256"]:
             raise _DamagedError(f"{path.name} does not have its checksum")
+        if payload["format"] != FORMAT:
+            raise _DamagedError(f"{path.name} has format {payload['format']}, expected {FORMAT}")
     except OSError as error:
         raise _DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise _DamagedError(f"{path.name} is truncated or not a manifest") from None
-    if payload["format"] != FORMAT:
-        raise _DamagedError(f"{path.name} has format {payload['format']}, expected {FORMAT}")
     return payload
 
 
