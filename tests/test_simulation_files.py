@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     "record": RECORD,
     "record_every": 3,
 }
-SMALL = 60_000
+SMALL = 30_000
 """A budget that holds a few of these members."""
 
 
@@ -113,7 +114,7 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
     """An ensemble twenty times larger, made as it goes, with records on disk."""
     sizes, budget = (8, 12, 8), 2**23
     task = random_task(8, 8)
-    each = 8 * sum(m * n for n, m in zip(sizes, sizes[1:], strict=False))
+    each = 8 * sum(m * n for n, m in itertools.pairwise(sizes))
     members = 20 * budget // each
 
     def weights(start: int, stop: int) -> tuple[np.ndarray, ...]:
@@ -135,7 +136,7 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
 
 
 def test_one_member_has_to_fit() -> None:
-    with pytest.raises(ValueError, match="max_bytes must be at least [0-9]+, what one member takes, got 100"):
+    with pytest.raises(ValueError, match=r"max_bytes must be at least [0-9]+, what one member takes, got 100"):
         ng.simulate(WEIGHTS, TASK, max_bytes=100, **OPTIONS)
 
 
@@ -477,7 +478,7 @@ def test_the_store_of_a_checkpoint_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         resume(tmp_path / "c", at=9, store=tmp_path / "s")
     shutil.move(tmp_path / "s", tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="the store .* of the checkpointed run is gone"):
+    with pytest.raises(CheckpointError, match=r"the store .* of the checkpointed run is gone"):
         resume(tmp_path / "c", store=tmp_path / "s")
     shutil.move(tmp_path / "elsewhere", tmp_path / "s")
     found = resume(tmp_path / "c", store=tmp_path / "s")
@@ -487,13 +488,20 @@ def test_the_store_of_a_checkpoint_must_be_there(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- locks
 
 
+def lock_in_a_process(path: Path, then: str) -> subprocess.CompletedProcess[str]:
+    code = "import os, pathlib\nfrom natgrad_array.simulation.lock import Lock\n"
+    code += f"lock = Lock(pathlib.Path({str(path)!r}))\n{then}"
+    environment = os.environ | {"PYTHONPATH": str(Path(ng.__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
 def test_a_lock_is_one_holder_s(tmp_path: Path) -> None:
     first = Lock(tmp_path / "lock")
-    with pytest.raises(LockedError, match=f"is in use by process {os.getpid()} on {socket.gethostname()}; wait for it"):
+    words = f"is in use by process {os.getpid()} on {socket.gethostname()}; wait for it"
+    with pytest.raises(LockedError, match=words):
         Lock(tmp_path / "lock")
-    code = f"from natgrad_array.simulation.lock import Lock; from pathlib import Path; Lock(Path({str(tmp_path)!r}) / 'lock')"
-    environment = os.environ | {"PYTHONPATH": str(Path(ng.__file__).parents[1])}
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    other = lock_in_a_process(tmp_path / "lock", "")
+
     assert other.returncode == 1
     assert f"in use by process {os.getpid()}" in other.stderr
     first.release()
@@ -505,9 +513,8 @@ def test_a_lock_is_one_holder_s(tmp_path: Path) -> None:
 def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     """The file stays behind, the lock does not; that of another host cannot be told from a live one."""
     path = tmp_path / "lock"
-    code = f"import os; from natgrad_array.simulation.lock import Lock; from pathlib import Path; lock = Lock(Path({str(path)!r})); os.kill(os.getpid(), 9)"
-    environment = os.environ | {"PYTHONPATH": str(Path(ng.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    lock_in_a_process(path, "os.kill(os.getpid(), 9)")
+
     assert json.loads(path.read_text())["host"] == socket.gethostname()
     Lock(path).release()
     path.write_text(json.dumps({"host": "far-away", "pid": 17, "boot": "x"}))
