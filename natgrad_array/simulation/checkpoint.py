@@ -28,7 +28,16 @@ Host = dict[str, np.ndarray[Any, Any]]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or a store cannot be used or written: the message says why, and what can be done."""
+    """A checkpoint or a store cannot be used or written: the message says why, and what can be done.
+
+    Parameters
+    ----------
+    message : str
+        In words.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
 
 
 class Saved(NamedTuple):

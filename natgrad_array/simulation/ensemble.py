@@ -24,7 +24,7 @@ def rows(xp: Namespace, array: Array, core_ndim: int, batch: Shape, start: int, 
     """
     split = array.ndim - core_ndim
     own, core = tuple(array.shape[:split]), tuple(array.shape[split:])
-    if math.prod(own) == 1:
+    if not own or (math.prod(own) == 1 and math.prod(batch) != 1):
         return xp.reshape(array, core)
     flat = xp.reshape(array, (math.prod(own), *core))
     if math.prod(own) == math.prod(batch):

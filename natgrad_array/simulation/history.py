@@ -43,8 +43,9 @@ class History:
         The recorded step at which a member was frozen for having converged, −1 if it was not.
     regime : str
         The regime of the network's widths.
-    target_modes : array, shape (*batch of the task, modes), or None
-        The singular values of the optimum, in the order of recorded modes and rates.
+    target_modes : array or None
+        The singular values of the optimum in the order of recorded modes and rates, (*batch, modes),
+        with the batch shape of the task.
     attributes : mapping
         Rule, integrator, seed, versions, device, dtype and command of the run.
     store : str or None
