@@ -277,6 +277,11 @@ def eps(xp: Namespace, like: Array) -> float:
     return _eps(xp, like.dtype)
 
 
+def item_bytes(xp: Namespace, like: Array) -> int:
+    """Bytes of one number of the dtype of `like`."""
+    return int(xp.finfo(like.dtype).bits) // 8
+
+
 @functools.cache
 def _eps(xp: Namespace, dtype: Any) -> float:
     return float(xp.finfo(dtype).eps)
@@ -354,6 +359,18 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
         strict = sys.modules["array_api_strict"]
         array = array.to_device(strict.Device("CPU_DEVICE"))
     return np.asarray(array)
+
+
+def library(array: Array) -> tuple[str, str]:
+    """The name and the version of the library of an array."""
+    name = type(array).__module__.partition(".")[0]
+    version = str(getattr(sys.modules.get(name), "__version__", "unknown"))
+    return ("jax" if name == "jaxlib" else name), version
+
+
+def numbers(xp: Namespace, start: int, stop: int, like: Array) -> Array:
+    """Consecutive integers: on JAX an array of its own, else one of NumPy's."""
+    return xp.arange(start, stop, dtype=xp.int32) if is_jax(like) else np.arange(start, stop)
 
 
 def eager_any(xp: Namespace, flags: Array) -> bool | None:
@@ -782,16 +799,18 @@ def in_pieces(
 
     ends = [length * k // count for k in range(count + 1)]
     pieces = [slice(*pair) for pair in itertools.pairwise(ends)]
-    if threads < 2:
-        for piece in pieces:
-            work(piece)
-        return results
+    in_threads(work, pieces, threads)
+    return results
+
+
+def in_threads(work: Callable[[Any], Any], pieces: Sequence[Any], threads: int) -> list[Any]:
+    """What `work` returns for each piece, in order; by several threads where more than one is given."""
+    if threads < 2 or len(pieces) < 2:
+        return [work(piece) for piece in pieces]
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         # Settings such as `errstate` belong to the caller's context.
         waiting = [pool.submit(contextvars.copy_context().run, work, piece) for piece in pieces]
-        for future in waiting:
-            future.result()
-    return results
+        return [future.result() for future in waiting]
 
 
 def _has(array: Array, axis: int, length: int) -> bool:
@@ -852,6 +871,65 @@ def while_loop(
     while bool(condition(state)):
         state = body(state)
     return state
+
+
+def repeat(body: Callable[[Any, Any], Any], state: Any, count: Any) -> Any:
+    """`state` after `count` rounds of ``body(i, state)``: one compiled loop in a JAX trace."""
+    if not isinstance(count, int):
+        return sys.modules["jax"].lax.fori_loop(0, count, body, state)
+    for i in range(count):
+        state = body(i, state)
+    return state
+
+
+def collect(
+    xp: Namespace, body: Callable[[Any, Any], tuple[Any, tuple[Array, ...]]], state: Any, lengths: Any, count: Any
+) -> tuple[Any, tuple[Array, ...]]:
+    """`state` after ``state, seen = body(state, length)`` for each length, and all that was seen, stacked.
+
+    In a JAX trace one compiled loop over the first `count` lengths: what lies behind them in
+    the stacks is zero, so that one compiled function serves every count up to their number.
+    """
+    if isinstance(count, int):
+        rows = []
+        for length in lengths[:count]:
+            state, seen = body(state, length)
+            rows.append(seen)
+        return state, tuple(xp.stack(column) for column in zip(*rows, strict=True))
+    jax = sys.modules["jax"]
+    shapes = jax.eval_shape(body, state, lengths[0])[1]
+    stacks = tuple(xp.zeros((lengths.shape[0], *shape.shape), dtype=shape.dtype) for shape in shapes)
+
+    def round_(i: Any, carry: Any) -> Any:
+        state, stacks = carry
+        state, seen = body(state, lengths[i])
+        return state, tuple(stack.at[i].set(row) for stack, row in zip(stacks, seen, strict=True))
+
+    result: tuple[Any, tuple[Array, ...]] = jax.lax.fori_loop(0, count, round_, (state, stacks))
+    return result
+
+
+def compiled(function: Callable[..., Any], static: Any, like: Array, *arguments: Any) -> Any:
+    """``function(static, *arguments)``; compiled, once for each `static` and set of shapes, where `like` is JAX's."""
+    if not is_jax(like):
+        return function(static, *arguments)
+    return _jitted(function)(static, *arguments)
+
+
+@functools.cache
+def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    jitted: Callable[..., Any] = sys.modules["jax"].jit(function, static_argnums=0)
+    return jitted
+
+
+def finish(array: Array) -> None:
+    """Wait until what was asked for is there, on libraries that return before it is."""
+    if is_jax(array):
+        array.block_until_ready()
+    elif is_cupy(array):
+        sys.modules["cupy"].cuda.get_current_stream().synchronize()
+    elif is_torch(array) and array.device.type == "cuda":
+        sys.modules["torch"].cuda.synchronize(array.device)
 
 
 def register_pytree(cls: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: Callable[[Any, Any], Any]) -> None:
@@ -969,3 +1047,63 @@ def split_rng(rng: Any, count: int) -> list[Any]:
     if count > 1 and compat.is_array_api_obj(rng):
         raise TypeError(f"rng must be a generator, a key or an integer seed to draw {count} times, got {describe(rng)}")
     return [rng] * count
+
+
+def counted_key(rng: Any, like: Array) -> Any:
+    """The key of `counted_normal` from an integer seed, or a JAX key for JAX arrays.
+
+    Raises
+    ------
+    TypeError
+        If `rng` is anything else: a generator has a state, which a run that stops and goes on cannot share.
+    """
+    if _is_jax_key(rng):
+        _check_rng_library(is_jax(like), rng, like)
+        return rng
+    if not is_integer(rng):
+        raise TypeError(f"rng must be an integer seed (or a JAX key with JAX arrays), got {describe(rng)}")
+    if rng < 0:
+        raise ValueError(f"rng must be at least 0, got {rng}")
+    if is_jax(like):
+        return sys.modules["jax"].random.key(int(rng))
+    return tuple(int(word) for word in np.random.SeedSequence(int(rng)).generate_state(2, np.uint64))
+
+
+def counted_normal(key: Any, stream: int, step: Any, members: Array, size: int, xp: Namespace, like: Array) -> Array:
+    """N(0, 1) variables, (members, size), that depend on nothing but the key, the step and each member's number.
+
+    Parameters
+    ----------
+    key : what `counted_key` returns
+    stream : int
+        Keeps draws for different ends apart.
+    step : int
+        An integer of Python, or in a JAX trace an array.
+    members : array of int, shape (members,)
+        Numbers of the members: consecutive ones on the host, a JAX array in a JAX trace.
+    size : int
+        Draws for each member.
+    """
+    if is_jax(like):
+        random = sys.modules["jax"].random
+        key = random.fold_in(random.fold_in(key, stream), step)
+        draw = sys.modules["jax"].vmap(lambda m: random.normal(random.fold_in(key, m), (size,), dtype=like.dtype))
+        return draw(members)
+    blocks, count = -(-size // 4), len(members)
+    first = int(members[0]) * blocks if count else 0
+    bits = np.random.Philox(key=np.asarray(key, np.uint64), counter=np.asarray([first, 0, step, stream], np.uint64))
+    words = bits.random_raw(count * blocks * 4).reshape(count, 2, blocks * 2)
+    # Box and Muller, since a rejection method takes an unknown number of words for each variable.
+    uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[:, 0])), 2.0 * math.pi * uniform[:, 1]
+    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return asarray_like(xp, normal[:, :size], like)
+
+
+def key_data(key: Any) -> np.ndarray[Any, Any]:
+    """The numbers in a key of `counted_key`."""
+    if isinstance(key, tuple):
+        return np.asarray(key, np.uint64)
+    jax = sys.modules["jax"]
+    typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(key) if typed else key)

@@ -29,12 +29,13 @@ def read(path):
 def public_callables():
     """Shortest paths from the package to everything public that can be called."""
     names = {}
-    rooms = {f"{name}.": getattr(ng, name) for name in ("adapters", "deep_linear", "networks", "optimizers")} | {"": ng}
+    rooms = ("adapters", "deep_linear", "networks", "optimizers", "simulation")
+    rooms = {f"{name}.": getattr(ng, name) for name in rooms} | {"": ng}
     for prefix, module in rooms.items():
         names |= {value: prefix + name for name in module.__all__ if callable(value := getattr(module, name))}
     # What an optimizer is made of works where the presets made of it do.
     parts = {f"optimizers.{name}" for name in ng.optimizers.__all__ if name[0].isupper() and name != "Optimizer"}
-    return set(names.values()) - parts
+    return set(names.values()) - parts - {"simulation.CheckpointError"}
 
 
 def resolve(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -187,9 +188,20 @@ def test_every_rung_gives_the_same_direction(sizes: tuple[int, ...]) -> None:
     if len(set(sizes)) == 1:
         rungs += [square.by_one_inverse, square.by_layer_inverses]
     for rung in rungs:
-        found, certified = rung(xp, weights, task.factors, scale)
+        (*found, excess), certified = rung(xp, weights, task.factors, scale, True)
         assert np.all(certified)
         assert_members(found, weights, given, 1e-11 if rung is ladder._by_duals else 1e-10)
+        assert excess.shape == (len(weights[0]), 1, 1)
+        np.testing.assert_allclose(excess[:, 0, 0], excess_losses(weights, given), rtol=1e-10)
+        alone, _ = rung(xp, weights, task.factors, scale, False)
+        assert all(np.array_equal(d, f) for d, f in zip(alone, found, strict=True))
+
+
+def excess_losses(weights: Any, given: tuple[np.ndarray, ...]) -> np.ndarray:
+    """½ tr Σ̃⁻¹ (W − W*) Σ (W − W*)ᵀ."""
+    moment, noise, cross, _ = given
+    gap = functools.reduce(lambda product, layer: layer @ product, weights) - cross @ np.linalg.inv(moment)
+    return 0.5 * np.trace(np.linalg.inv(noise) @ gap @ moment @ np.swapaxes(gap, -1, -2), axis1=-2, axis2=-1)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -32,6 +32,8 @@ OPTIONAL = (
     "rich",
     "array_api_strict",
     "hypothesis",
+    "xarray",
+    "zarr",
 )
 
 
@@ -125,7 +127,9 @@ def test_the_contract_of_public_names() -> None:
         "sampled_fisher",
         "empirical_fisher",
         "adapters",
+        "simulate",
     } <= set(ng.__all__)
+    assert {"History", "log_steps", "CheckpointError"} <= set(ng.simulation.__all__)
     assert {"kronecker_factors", "precondition"} <= set(ng.adapters.__all__)
     assert {"MLP", "ConvNet", "Network"} <= set(ng.networks.__all__)
     assert {

@@ -24,6 +24,7 @@ from natgrad_array import deep_linear as dl
 from natgrad_array import networks as nn
 from natgrad_array import optimizers as opts
 from natgrad_array.optimizers.presets import PRESETS
+from natgrad_array.simulation.observables import OBSERVABLES
 
 CUPY = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy has no build for this system")
 SIZES = {"wide": (4, 6, 5, 3), "intermediate": (6, 5, 4, 3), "bottleneck": (5, 2, 4)}
@@ -357,6 +358,17 @@ CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {
     ),
     "sampled_fisher": of_estimate(lambda net, params, x, y: ng.sampled_fisher(net, params, x, 0, n_samples=2)),
     "empirical_fisher": of_estimate(ng.empirical_fisher),
+    # simulation
+    **{
+        f"simulate {name}": of_pair(ng.simulate, learning_rate=0.001, steps=3, record_every=3, **options)
+        for name, options in {
+            "loss": {},
+            "all": {"record": tuple(OBSERVABLES), "rule": "exact"},
+            "rk4": {"integrator": "rk4", "rule": "gradient"},
+            "exponential": {"integrator": "exponential", "rule": "exact"},
+            "noise": {"temperature": 0.1, "label_noise": 0.1, "rng": 0, "freeze_converged": 0.1},
+        }.items()
+    },
     # verification
     "verify": of_pair(ng.verify),
     "verify bottleneck": of_pair(ng.verify, "bottleneck"),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from natgrad_array import _arrays, linalg
-from natgrad_array._arrays import Array, Shape
+from natgrad_array._arrays import Array, Namespace, Shape
 from natgrad_array.deep_linear import moore_penrose
 from natgrad_array.deep_linear.duals import Pair, duals
 from natgrad_array.deep_linear.products import (
@@ -98,10 +98,19 @@ class DeepLinearFisher:
     """
 
     def __init__(self, weights: Weights, task: GaussianTask) -> None:
-        self._xp, self._layers = check_weights(weights, task)
-        self._task = task
-        self._products = products(self._layers, task.factors)
+        self._fill(*check_weights(weights, task), task)
+
+    def _fill(self, xp: Namespace, layers: tuple[Array, ...], task: GaussianTask) -> None:
+        self._xp, self._layers, self._task = xp, layers, task
+        self._products = products(layers, task.factors)
         self._memory: dict[Any, Any] = {}
+
+    @classmethod
+    def _of_checked(cls, xp: Namespace, layers: tuple[Array, ...], task: GaussianTask) -> DeepLinearFisher:
+        """Make one of a network and a task that have been checked before."""
+        made = cls.__new__(cls)
+        made._fill(xp, layers, task)
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DeepLinearFisher, (self._layers, self._task)

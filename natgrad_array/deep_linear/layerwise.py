@@ -15,44 +15,59 @@ from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.deep_linear import square
 from natgrad_array.deep_linear.duals import Chain, chains, duals, full_roots, trusted
-from natgrad_array.deep_linear.products import products
+from natgrad_array.deep_linear.products import half_square, products
 from natgrad_array.deep_linear.task import TaskFactors
 
 Directions = tuple[Array, ...]
-Rung = Callable[[Namespace, tuple[Array, ...], TaskFactors, float], tuple[Directions, Array]]
+"""One array a layer; the excess loss, (*batch, 1, 1), after them where it is asked for."""
+Rung = Callable[[Namespace, tuple[Array, ...], TaskFactors, float, bool], tuple[Directions, Array]]
 
 
-def layerwise(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Directions:
-    """`scale` times E_i^{+T} R⁻¹(W − W*)S X_i⁺ for every layer."""
+def layerwise(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, *, with_excess: bool = False
+) -> Directions:
+    """`scale` times E_i^{+T} R⁻¹(W − W*)S X_i⁺ for every layer, and the excess loss after them if asked."""
     if len(layers) == 1:
-        return _by_duals(xp, layers, factors, scale)[0]
+        return _by_duals(xp, layers, factors, scale, with_excess)[0]
     if not square.is_square(layers, factors):
-        return _in_pieces(xp, layers, factors, scale, [_by_gram_matrices, _by_duals])
+        return _in_pieces(xp, layers, factors, scale, with_excess, [_by_gram_matrices, _by_duals])
     rungs: list[Rung] = [square.by_one_inverse, square.by_layer_inverses, _by_duals]
     found: Directions = _arrays.branch(
         square.one_inverse_serves(xp, layers),
-        lambda: _in_pieces(xp, layers, factors, scale, rungs),
-        lambda: _in_pieces(xp, layers, factors, scale, rungs[1:]),
+        lambda: _in_pieces(xp, layers, factors, scale, with_excess, rungs),
+        lambda: _in_pieces(xp, layers, factors, scale, with_excess, rungs[1:]),
     )
     return found
 
 
 def _in_pieces(
-    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, rungs: list[Rung]
+    xp: Namespace,
+    layers: tuple[Array, ...],
+    factors: TaskFactors,
+    scale: float,
+    with_excess: bool,
+    rungs: list[Rung],
 ) -> Directions:
     """Descend with pieces of a stack that is large."""
     cores = [tuple(layer.shape[-2:]) for layer in layers]
     if not _arrays.pays_in_pieces(layers, cores):
-        return _descend(xp, layers, factors, scale, rungs)
+        return _descend(xp, layers, factors, scale, with_excess, rungs)
+    if with_excess:
+        cores.append((1, 1))
     stacks, restore = _as_stacks(layers, factors)
-    return _arrays.in_pieces(lambda *arrays: _descend(xp, *restore(arrays), scale, rungs), stacks, cores)
+    return _arrays.in_pieces(lambda *arrays: _descend(xp, *restore(arrays), scale, with_excess, rungs), stacks, cores)
 
 
 def _descend(
-    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, rungs: list[Rung]
+    xp: Namespace,
+    layers: tuple[Array, ...],
+    factors: TaskFactors,
+    scale: float,
+    with_excess: bool,
+    rungs: list[Rung],
 ) -> Directions:
     """Take all members down the first rung, and those without a certificate down the next ones."""
-    found, certified = rungs[0](xp, layers, factors, scale)
+    found, certified = rungs[0](xp, layers, factors, scale, with_excess)
     if len(rungs) == 1 or _arrays.eager_any(xp, ~certified) is False:
         return found
     stacks, restore = _as_stacks(layers, factors)
@@ -62,7 +77,7 @@ def _descend(
         """A rung as a function of stacks of matrices, with the flags as the last of them."""
 
         def on_stacks(*arrays: Array) -> tuple[Array, ...]:
-            found, certified = rung(xp, *restore(arrays), scale)
+            found, certified = rung(xp, *restore(arrays), scale, with_excess)
             members = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
             return (*found, xp.broadcast_to(certified, members)[..., None, None])
 
@@ -93,7 +108,7 @@ def _as_stacks(
 
 
 def _by_gram_matrices(
-    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
 ) -> tuple[Directions, Array]:
     """Apply the inverses of the smaller Gram matrices, from the narrow end to the wide one.
 
@@ -101,7 +116,13 @@ def _by_gram_matrices(
     and about 2r³ flops for its inverse. A root that no Gram matrix needs is left out.
     """
     left, right = chains(xp, layers, factors)
-    apply = _Application(left, right, _error(left, right, layers, factors, -scale))
+    error = _error(left, right, layers, factors)
+    excess: Directions = ()
+    if with_excess:
+        whitened = error if left.needs_root else factors.whiten(error)
+        excess = (half_square(xp, whitened if right.needs_root else linalg.matmul(whitened, factors.input_root)),)
+    error *= -scale
+    apply = _Application(left, right, error)
     depth = len(layers)
     directions = tuple(apply.layer(depth - 1 - i, i) for i in range(depth))
     certified: Array = full_roots(xp, factors)
@@ -109,20 +130,18 @@ def _by_gram_matrices(
         for k in range(1, depth):
             piece = chain.piece(k)
             certified = certified & trusted(xp, piece.condition * _arrays.eps(xp, piece.core))
-    return directions, certified
+    return directions + excess, certified
 
 
-def _error(left: Chain, right: Chain, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Array:
-    """`scale` times W* − W, multiplied by R⁻¹ and by S where the chains need their roots."""
+def _error(left: Chain, right: Chain, layers: tuple[Array, ...], factors: TaskFactors) -> Array:
+    """A new W* − W, multiplied by R⁻¹ and by S where the chains need their roots."""
     if left.needs_root and right.needs_root:
         target = factors.target
     else:
         target = factors.optimum @ factors.input_root if right.needs_root else factors.optimum
         target = factors.whiten(target) if left.needs_root else target
     cut = min(range(1, len(layers)), key=lambda i: int(layers[i].shape[-1]))
-    error = target - left.product(len(layers) - cut).mT @ right.product(cut)
-    error *= scale
-    return error
+    return target - left.product(len(layers) - cut).mT @ right.product(cut)
 
 
 class _Application:
@@ -170,10 +189,14 @@ class _Application:
 # -------------------------------------------------------------------------- the general case
 
 
-def _by_duals(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> tuple[Directions, Array]:
+def _by_duals(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+) -> tuple[Directions, Array]:
     """Multiply by explicit dual factors: 6L − 3 products, and what the duals are made of. All are right."""
     found = products(layers, factors)
     error = -scale * found.error
     pairs, _ = duals(xp, layers, factors, found)
     directions = tuple(e @ error @ x.mT for e, x in pairs)
+    if with_excess:
+        directions = (*directions, half_square(xp, found.error))
     return directions, xp.ones((), dtype=xp.bool, device=_arrays.device(error))

@@ -308,8 +308,13 @@ def excess_loss(weights: Weights, task: GaussianTask, /) -> Array:
     product = task.factors.input_root
     for layer in layers:
         product = layer @ product
-    error = task.factors.target - task.factors.whiten(product)
-    return 0.5 * xp.sum(error * error, axis=(-2, -1))
+    return half_square(xp, task.factors.target - task.factors.whiten(product))[..., 0, 0]
+
+
+def half_square(xp: Namespace, error: Array) -> Array:
+    """The excess loss of a whitened error R⁻¹(W* − W) S, (*batch, 1, 1)."""
+    flat = xp.reshape(error, (*error.shape[:-2], error.shape[-2] * error.shape[-1]))
+    return 0.5 * xp.linalg.vecdot(flat, flat)[..., None, None]
 
 
 @_arrays.quiet
@@ -348,8 +353,12 @@ def gradient(weights: Weights, task: GaussianTask, /) -> tuple[Array, ...]:
     (array([[3.]]), array([[1.]]))
     """
     _, layers = check_weights(weights, task)
-    ahead, behind, error = products(layers, task.factors)
-    return tuple(-((e @ error) @ x.mT) for e, x in zip(ahead, behind, strict=True))
+    return gradients(products(layers, task.factors))
+
+
+def gradients(found: Products) -> tuple[Array, ...]:
+    """−E_i error X_iᵀ for every layer."""
+    return tuple(-((e @ found.error) @ x.mT) for e, x in zip(found.ahead, found.behind, strict=True))
 
 
 # -------------------------------------------------------------- regimes and conservation

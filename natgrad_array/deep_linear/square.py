@@ -12,10 +12,11 @@ import math
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace, Shape
 from natgrad_array.deep_linear.duals import full_roots, layer_rounding, trusted
+from natgrad_array.deep_linear.products import half_square
 from natgrad_array.deep_linear.task import TaskFactors
 
 Found = tuple[tuple[Array, ...], Array]
-"""The directions, and which members have them right."""
+"""The directions (and the excess loss where it is asked for), and which members have them right."""
 
 PROBED = 16
 """Members looked at before a way is chosen for a stack, and at most one in so many."""
@@ -63,7 +64,9 @@ def _one_inverse(xp: Namespace, product: Array) -> tuple[Array, Array]:
     return inverse, trusted(xp, condition**2 * _arrays.eps(xp, product))
 
 
-def by_one_inverse(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Found:
+def by_one_inverse(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+) -> Found:
     """(W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ = (W_i ⋯ W_1) W⁻¹ (W − W*) W⁻¹ (W_L ⋯ W_i).
 
     One inverse and 3L + 1 products, 2n³ flops each.
@@ -74,6 +77,7 @@ def by_one_inverse(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactor
     product = ahead.pop()
     inverse, certified = _one_inverse(xp, product)
     gap = product - factors.optimum
+    excess = (_excess(xp, gap, factors),) if with_excess else ()
     gap *= scale
     half = inverse @ gap
     found = [layers[0] @ half]
@@ -81,10 +85,12 @@ def by_one_inverse(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactor
     for layer, rest in zip(layers[1:], reversed(ahead), strict=True):
         moved = layer @ moved
         found.append(moved @ rest)
-    return tuple(found), certified & full_roots(xp, factors)
+    return (*found, *excess), certified & full_roots(xp, factors)
 
 
-def by_layer_inverses(xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float) -> Found:
+def by_layer_inverses(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+) -> Found:
     """(W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ = W_i − (W_{i+1}⁻¹ ⋯ W_L⁻¹) W* (W_1⁻¹ ⋯ W_{i-1}⁻¹).
 
     L inverses and 3L − 4 products, 2n³ flops each. Errors go with the conditions of the
@@ -107,4 +113,13 @@ def by_layer_inverses(xp: Namespace, layers: tuple[Array, ...], factors: TaskFac
         direction = layer - (ahead[i] if behind is None else ahead[i] @ behind)
         direction *= scale
         found.append(direction)
+    if with_excess:
+        product = layers[0]
+        for layer in layers[1:]:
+            product = layer @ product
+        found.append(_excess(xp, product - factors.optimum, factors))
     return tuple(found), certified
+
+
+def _excess(xp: Namespace, gap: Array, factors: TaskFactors) -> Array:
+    return half_square(xp, factors.whiten(linalg.matmul(gap, factors.input_root)))

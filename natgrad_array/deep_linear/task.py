@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from natgrad_array import _arrays, linalg
@@ -353,6 +354,28 @@ class GaussianTask:
         1.0
         """
         return self.factors.minimum_loss
+
+    # ---------------------------------------------------------------------- for ensembles
+
+    def _mapped(self, function: Callable[[Array, int], Array]) -> GaussianTask:
+        """The task with a function of an array and the number of its core axes applied to all arrays."""
+        moments = tuple(function(getattr(self, name), 2) for name in _MOMENTS)
+        factors = {
+            name: None if value is None else function(value, 0 if name == "minimum_loss" else 2)
+            for name, value in self.factors._asdict().items()
+        }
+        return GaussianTask._unflatten(None, (*moments, TaskFactors(**factors)))
+
+    def _with_noisy_targets(self, noise: Array) -> GaussianTask:
+        """The task with noise · Sᵀ added to the cross moment; noise is (*batch, n_L, ρ)."""
+        factors = self.factors
+        shifted = factors._replace(
+            target=factors.target + factors.whiten(noise), optimum=factors.optimum + noise @ factors.input_root_pinv
+        )
+        cross = self.cross_moment + noise @ factors.input_root.mT
+        return GaussianTask._unflatten(
+            None, (self.input_moment, self.noise_covariance, cross, self.output_moment, shifted)
+        )
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,92 @@
+"""The state of a stack of members, and how those that diverge or have converged come to rest."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from natgrad_array import _arrays
+from natgrad_array._arrays import Array, Namespace
+
+RUNNING = -1
+"""In place of a step number: it has not happened."""
+
+
+class State(NamedTuple):
+    """Where a stack of members is. Members are the first axis of every array."""
+
+    weights: tuple[Array, ...]
+    """(members, n_i, n_{i-1}); a diverged member is an identity, which costs no more than any other."""
+    kept: tuple[Array, ...]
+    """Weights at the last record; those of a diverged member are its last finite ones."""
+    rate: Array
+    """(members, 1, 1): the learning rate, zero for members at rest."""
+    diverged_at: Array
+    """(members,): the recorded step at which the loss was not finite, or `RUNNING`."""
+    converged_at: Array
+    """(members,): the recorded step at which a member was put to rest, or `RUNNING`."""
+
+    def part(self, piece: slice) -> State:
+        """Some of the members."""
+        weights, kept = (tuple(w[piece] for w in layers) for layers in (self.weights, self.kept))
+        return State(weights, kept, self.rate[piece], self.diverged_at[piece], self.converged_at[piece])
+
+
+def start(xp: Namespace, weights: tuple[Array, ...], rate: Array) -> State:
+    """All members running."""
+    running = xp.full((rate.shape[0],), RUNNING, dtype=xp.int32, device=_arrays.device(rate))
+    return State(weights, weights, rate, running, running)
+
+
+def settle(xp: Namespace, state: State, excess: Array, tolerance: Array | None, number: Any) -> tuple[State, Any]:
+    """Freeze the members whose loss is not finite, and those whose excess is within the tolerance.
+
+    Returns the state, and the mask of members that have not diverged: None where that is known
+    to be all. On eager arrays one scalar comes to the host.
+    """
+    alive = state.diverged_at == RUNNING
+    good = alive & xp.isfinite(excess)
+    kept: tuple[Array, ...]
+    if _arrays.eager_any(xp, ~good) is False:
+        state, mask = state._replace(kept=state.weights), None
+    else:
+        newly = alive & ~good
+        kept = tuple(xp.where(good[:, None, None], w, k) for w, k in zip(state.weights, state.kept, strict=True))
+        weights = tuple(xp.where(newly[:, None, None], idle(xp, w), w) for w in state.weights)
+        state = State(
+            weights,
+            kept,
+            xp.where(newly[:, None, None], 0.0, state.rate),
+            xp.where(newly, _number(xp, number, newly), state.diverged_at),
+            state.converged_at,
+        )
+        mask = good
+    if tolerance is not None:
+        calm = good & (state.converged_at == RUNNING) & (excess <= tolerance)
+        state = state._replace(
+            rate=xp.where(calm[:, None, None], 0.0, state.rate),
+            converged_at=xp.where(calm, _number(xp, number, calm), state.converged_at),
+        )
+    return state, mask
+
+
+def idle(xp: Namespace, layer: Array) -> Array:
+    """A layer that does no harm: the identity, cut to shape."""
+    rows, columns = layer.shape[-2:]
+    return _arrays.eye(xp, max(rows, columns), layer)[:rows, :columns]
+
+
+def masked(xp: Namespace, mask: Array | None, value: Array) -> Array:
+    """`value`, (members, ...), with NaN for members that the mask leaves out."""
+    if mask is None:
+        return value
+    return xp.where(xp.reshape(mask, (-1, *(1,) * (value.ndim - 1))), value, xp.nan)
+
+
+def last_weights(xp: Namespace, state: State) -> tuple[Array, ...]:
+    """The weights, those of diverged members as they last were."""
+    alive = (state.diverged_at == RUNNING)[:, None, None]
+    return tuple(xp.where(alive, w, k) for w, k in zip(state.weights, state.kept, strict=True))
+
+
+def _number(xp: Namespace, number: Any, like: Array) -> Array:
+    return xp.asarray(number, dtype=xp.int32, device=_arrays.device(like))
