@@ -44,6 +44,8 @@ TINY = {
     "streaming": {"batch": 2, "n": 20, "p": 4, "chunk": 6},
     "fisher-matvec": {"sizes": (4, 5, 3), "n": 20},
     "fisher-dense": {"sizes": (4, 5, 3), "n": 20},
+    "autoencoder-step": {"sizes": (4, 3, 4), "samples": 20},
+    "ensemble-step": {"sizes": (4, 3, 2), "batch": 3, "samples": 20, "preset": "kfac"},
 }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import natgrad_array as ng
 from benchmarks import backends, measure, peers, problems
 from benchmarks.backends import Backend
+from natgrad_array.optimizers.presets import PRESETS
 
 dl = ng.deep_linear
 
@@ -330,6 +331,78 @@ def fisher_dense(backend: Backend, dtype: str, *, sizes: tuple[int, ...], n: int
     return [*entries, Contestant("a write of P × P", "product", lambda c: c @ c.mT, (root,))]
 
 
+# -------------------------------------------------------------------- nonlinear networks
+
+
+def _mlp(backend: Backend, dtype: str, sizes: tuple[int, ...], members: tuple[int, ...], samples: int) -> Any:
+    """A network with parameters, inputs and targets of the width of its outputs."""
+    net = ng.networks.MLP(sizes)
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((samples, n)).astype(dtype) for n in (sizes[0], sizes[-1]))
+    return net, *to(backend, (net.init(rng, members, like=x), x, y))
+
+
+def _step_products(params: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
+    """The products of two passes forward and two back, of the gradient and of both moments of every layer."""
+    found = []
+    for w in params:
+        a = x[:, :1] + 0.0 * w[:1, :]
+        delta = a @ w.T
+        found += [a @ w.T, delta @ w, delta @ w, delta.T @ a, a.T @ a, delta.T @ delta]
+    return tuple(found)
+
+
+def autoencoder_step(backend: Backend, dtype: str, *, sizes: tuple[int, ...], samples: int) -> list[Contestant]:
+    """A step of the paper's rule for nonlinear networks against the rule written in NumPy."""
+    net, params, x, _ = _mlp(backend, dtype, sizes, (), samples)
+    noise = to(backend, np.random.default_rng(1).standard_normal((samples, sizes[-1])).astype(dtype))
+    optimizer = ng.optimizers.natural_gradient()
+    state, one = optimizer.init(net, params), backend.asarray(np.ones((), dtype))
+
+    def ours(params: Any, state: Any, x: Any, noise: Any) -> tuple[Any, ...]:
+        new, after, info = optimizer.step(net, params, state, x, x, noise[None, ...])
+        return *new, info.loss, after.damping
+
+    def written(invert: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, damping, x, noise: peers.authors_step(backend.xp, params, damping, x, noise, invert)
+
+    return [
+        Contestant("natural_gradient", "ours", ours, (params, state, x, noise)),
+        Contestant("the rule as written", "written", written(peers.root_damped_by_eigh), (params, one, x, noise)),
+        Contestant("by inverses", "expert", written(peers.root_damped_by_inverse), (params, one, x, noise)),
+        Contestant("products", "product", _step_products, (params, x)),
+    ]
+
+
+def ensemble_step(
+    backend: Backend, dtype: str, *, sizes: tuple[int, ...], batch: int, samples: int, preset: str
+) -> list[Contestant]:
+    """One step of an ensemble against a step of each of its networks, one after another."""
+    net, params, x, y = _mlp(backend, dtype, sizes, (batch,), samples)
+    optimizer = PRESETS[preset]()
+    shape = (1, batch, int(np.ceil(optimizer.estimate.share * samples)), sizes[-1])
+    noise = to(backend, np.random.default_rng(1).standard_normal(shape).astype(dtype))
+    state = optimizer.init(net, params)
+    members = tuple(tuple(w[k, ...] for w in params) for k in range(batch))
+    states = tuple(optimizer.init(net, member) for member in members)
+
+    def together(params: Any, state: Any, x: Any, y: Any, noise: Any) -> Any:
+        return optimizer.step(net, params, state, x, y, noise)[0]
+
+    def apart(members: Any, states: Any, x: Any, y: Any, noise: Any) -> Any:
+        found = [together(member, states[k], x, y, noise[:, k, ...]) for k, member in enumerate(members)]
+        return tuple(backend.xp.stack(layer) for layer in zip(*found, strict=True))
+
+    def products(params: Any, x: Any) -> Any:
+        return [_step_products(tuple(w[k, ...] for w in params), x)[-1] for k in range(batch)]
+
+    return [
+        Contestant("together", "ours", together, (params, state, x, y, noise)),
+        Contestant("one after another", "written", apart, (members, states, x, y, noise), jit=False),
+        Contestant("products", "product", products, (params, x)),
+    ]
+
+
 # -------------------------------------------------------------------------------- the rows
 
 
@@ -425,6 +498,32 @@ CONTESTS: dict[str, Contest] = {
     ),
     "fisher-matvec": Contest("F.matvec", fisher_matvec, FISHER, tuple(FISHER)),
     "fisher-dense": Contest("F.to_dense", fisher_dense, FISHER),
+    "autoencoder-step": Contest(
+        "natural gradient step",
+        autoencoder_step,
+        {
+            "784-400-200-100-50-100-200-400-784, N 1000": {
+                "sizes": (784, 400, 200, 100, 50, 100, 200, 400, 784),
+                "samples": 1000,
+            }
+        },
+        libraries=("numpy",),
+    ),
+    "ensemble-step": Contest(
+        "step of 64 networks",
+        ensemble_step,
+        {
+            f"64 x 64-32-10, N {samples}, {preset}": {
+                "sizes": (64, 32, 10),
+                "batch": 64,
+                "samples": samples,
+                "preset": preset,
+            }
+            for samples in (16, 256)
+            for preset in ("natural_gradient", "kfac", "sgd")
+        },
+        libraries=("numpy", "torch"),
+    ),
 }
 
 

@@ -482,6 +482,58 @@ def curvlinops_operator(weights: Weights, x: Array) -> Any:
     return curvlinops.GGNLinearOperator(model, loss, list(model.parameters()), [(x, y)])
 
 
+# --------------------------------------------------------------------- nonlinear networks
+
+
+def authors_step(xp: Any, params: Weights, damping: Array, x: Array, noise: Array, invert: Any) -> tuple[Any, ...]:
+    """One step of the rule of Bernacchia, Lengyel and Hennequin (2018) for a tanh autoencoder.
+
+    Parameters, the loss before the step, and the next damping. `invert` takes a moment and
+    √damping to what stands for the inverse.
+    """
+    depth, samples = len(params), x.shape[-2]
+    rows, a = [], x
+    for i, w in enumerate(params):
+        rows.append(xp.concatenate([a, xp.ones_like(a[:, :1])], axis=1))
+        z = rows[-1] @ w.T
+        a = z if i == depth - 1 else xp.tanh(z)
+    error = a - x
+    loss = 0.5 * xp.sum(error * error) / samples
+
+    def back(delta: Array) -> list[Array]:
+        found = [delta]
+        for i in range(depth - 1, 0, -1):
+            delta = (delta @ params[i][:, :-1]) * (1.0 - rows[i][:, :-1] ** 2)
+            found.append(delta)
+        return found[::-1]
+
+    rate, root = 1.0 / depth, damping**0.5
+    new, promised = [], 0.0
+    for w, r, delta, drawn in zip(params, rows, back(error), back(noise), strict=True):
+        gradient = delta.T @ r / samples
+        direction = invert(xp, drawn.T @ drawn / samples, root) @ gradient @ invert(xp, r.T @ r / samples, root)
+        new.append(w - rate * direction)
+        promised = promised + rate * (1.0 - 0.5 * rate) * xp.sum(gradient * direction)
+    a = x
+    for i, w in enumerate(new):
+        z = a @ w[:, :-1].T + w[:, -1]
+        a = z if i == depth - 1 else xp.tanh(z)
+    ratio = (loss - 0.5 * xp.sum((a - x) ** 2) / samples) / promised
+    return *new, loss, damping * xp.where(ratio < 0.25, 1.5, xp.where(ratio > 0.75, 2.0 / 3.0, 1.0))
+
+
+def root_damped_by_eigh(xp: Any, a: Array, root: Array) -> Array:
+    """Each eigenvalue λ to 1/(λ + √damping), those of rounding to 0: the rule as it reads."""
+    values, vectors = xp.linalg.eigh(a)
+    kept = values > a.shape[-1] * float(xp.finfo(a.dtype).eps) * values[-1]
+    return (vectors * xp.where(kept, 1.0 / (xp.abs(values) + root), 0.0)) @ vectors.T
+
+
+def root_damped_by_inverse(xp: Any, a: Array, root: Array) -> Array:
+    """(a + √damping 1)⁻¹: the same with enough samples, by an inverse."""
+    return xp.linalg.inv(a + root * xp.eye(a.shape[-1], dtype=a.dtype))
+
+
 # ------------------------------------------------------------------------ higher precision
 
 

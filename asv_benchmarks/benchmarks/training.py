@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import natgrad_array as ng
-from benchmarks import suite
+from benchmarks import contests, suite
 from benchmarks.backends import Backend
 from benchmarks.contests import Contestant, to
 from natgrad_array.optimizers.presets import PRESETS
@@ -54,3 +54,27 @@ class Steps(suite.Timed):
 
     def time_call(self, library: str, dtype: str, problem: str, preset: str) -> None:
         self.call()
+
+
+class AutoencoderStepRaced(suite.Raced):
+    """A step of the paper's rule on its MNIST autoencoder beside the rule written in NumPy."""
+
+    contest = "autoencoder-step"
+    params = (
+        suite.LIBRARIES[:1],
+        suite.DTYPES,
+        tuple(contests.CONTESTS["autoencoder-step"].cases),
+        suite.against("written", "expert", "product"),
+    )
+
+
+class EnsembleStepRaced(suite.Raced):
+    """A step of 64 networks at once beside a step of each."""
+
+    contest = "ensemble-step"
+    params = (
+        suite.LIBRARIES,
+        suite.DTYPES,
+        suite.some(*contests.CONTESTS["ensemble-step"].cases),
+        suite.against("written"),
+    )
