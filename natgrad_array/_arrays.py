@@ -200,6 +200,13 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def is_bool(xp: Namespace, value: object) -> bool:
+    """Whether it is an array of truth values of a namespace."""
+    if not compat.is_array_api_obj(value) or namespace(value) is not xp:
+        return False
+    return bool(xp.isdtype(value.dtype, "bool"))  # type: ignore[attr-defined]
+
+
 def check_nonnegative(
     name: str, value: Any, xp: Namespace, like: Array, *, batch: Shape | None = None, core_ndim: int = 0
 ) -> Any:

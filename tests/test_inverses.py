@@ -289,7 +289,7 @@ def test_saliencies_and_corrections_are_those_of_the_dense_inverse(backend: Back
     for a, b in zip(found, wanted, strict=True):
         assert relative(backend.to_numpy(a).T.reshape(-1), b) <= 1e-6
     removed = opts.prune(moved, given, inputs, damping=damping)
-    i, row, column = (int(part) for part in removed[2:])
+    i, row, column = (int(part) for part in removed[2:5])
     w = params[i]
     q = column * w.shape[0] + row
     least = min(s.min() for s in wanted)
@@ -311,7 +311,7 @@ def test_each_member_loses_its_own_parameter() -> None:
         alone = opts.prune(net, tuple(w[b] for w in params), x, damping=1e-3)
         for a, c in zip(alone.params, removed.params, strict=True):
             assert relative(c[b], a) <= 1e-10
-        i, row, column = (int(part[b]) for part in removed[2:])
+        i, row, column = (int(part[b]) for part in removed[2:5])
         assert params[i][b, row, column] != 0.0
         assert removed.params[i][b, row, column] == 0.0
 
@@ -348,3 +348,115 @@ def test_saliencies_are_the_least_cost_at_any_rank(kind: str) -> None:
         assert removed.saliency == 0.0
         outputs = [np.asarray(net.likelihood.metric(f := net.output(p, x), f)) for p in (params, removed.params)]
         assert relative(outputs[1], outputs[0]) <= 1e-7
+
+
+def restricted(net: MLP, params: Any, x: np.ndarray, damping: float, masks: Any) -> list[np.ndarray]:
+    """Least costs with what is pruned held at zero, by Schur complements of the rows and columns that are left."""
+    estimate = opts.ExactDirections()
+    factors = estimate.factors(estimate.observe(net, params, net.forward(params, x), None, None))
+    found = []
+    for w, block, gone in zip(params, factors, masks, strict=True):
+        a, g = block.damped(np.asarray(damping)) if damping else block
+        f, theta, left = np.kron(a, g), w.T.reshape(-1), np.flatnonzero(~gone.T.reshape(-1))
+        costs = np.zeros(w.size)
+        for k, q in enumerate(left):
+            costs[q] = cheapest(f[np.ix_(left, left)], theta[left], k)
+        found.append(costs.reshape(w.shape[::-1]).T)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["full", "dead input", "twice the same input", "few samples", "categorical"])
+@pytest.mark.parametrize("damping", [0.0, 0.05])
+def test_pruned_parameters_stay_at_zero_until_nothing_is_left(kind: str, damping: float) -> None:
+    """Each step against the dense constrained minimum; both members have masks of their own."""
+    net = MLP((2, 3, 2), likelihood="categorical" if kind == "categorical" else "gaussian")
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((3 if kind == "few samples" else 30, 2))
+    if kind == "dead input":
+        x[:, 1] = 0.0
+    if kind == "twice the same input":
+        x[:, 1] = x[:, 0]
+    params = tuple(w + 0.3 * rng.standard_normal(w.shape) for w in net.init(rng, (2,), like=x))
+    masks = tuple(np.zeros(w.shape, dtype=bool) for w in params)
+    total = sum(w[0].size for w in params)
+    for k in range(total):
+        costs = opts.saliencies(net, params, x, damping=damping, pruned=masks)
+        removed = opts.prune(net, params, x, damping=damping, pruned=masks)
+        for b in range(2):
+            own, gone = tuple(w[b] for w in params), tuple(m[b] for m in masks)
+            wanted = restricted(net, own, x, damping, gone)
+            scale = max(s.max() for s in wanted)
+            for a, c in zip(costs, wanted, strict=True):
+                np.testing.assert_allclose(a[b], c, rtol=1e-5, atol=1e-8 * scale)
+            i, row, column = (int(part[b]) for part in removed[2:5])
+            assert not gone[i][row, column]
+            assert removed.saliency[b] == costs[i][b, row, column]
+            change = (removed.params[i][b] - own[i]).T.reshape(-1)
+            estimate = opts.ExactDirections()
+            block = estimate.factors(estimate.observe(net, own, net.forward(own, x), None, None))[i]
+            a, g = block.damped(np.asarray(damping)) if damping else block
+            assert abs(0.5 * change @ np.kron(a, g) @ change - wanted[i][row, column]) <= 1e-6 * scale + 1e-15
+        for new, old, mask, before in zip(removed.params, params, removed.pruned, masks, strict=True):
+            assert np.isfinite(new).all()
+            assert (new[mask] == 0.0).all()
+            assert mask[before].all()
+            assert np.abs(new).max() <= 1e4 * max(np.abs(old).max(), 1.0)
+        params, masks = removed.params, removed.pruned
+        left = [sum(int(mask[b].sum()) for mask in masks) for b in range(2)]
+        nonzero = [sum(int((w[b] != 0.0).sum()) for w in params) for b in range(2)]
+        assert left == [k + 1, k + 1] or nonzero[left.index(min(left))] == 0
+        if not any(nonzero):
+            break
+    last = opts.prune(net, params, x, damping=damping, pruned=masks)
+    assert np.isinf(last.saliency).all()
+    assert not any(w.any() for w in last.params)
+    for a, b in zip(last.pruned, masks, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_masks_of_members_are_their_own(backend: Backend) -> None:
+    """A stack with three masks, a NaN among its members, against each alone; nothing changes elsewhere."""
+    net = MLP((3, 4, 2))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((30, 3))
+    params = net.init(0, (4,), like=x)
+    params[0][1, 0, 0] = np.nan
+    masks = tuple(rng.random(w.shape) < 0.3 for w in params)
+    masks[1][0] = False
+    given, inputs = backend.asarrays(*params), backend.asarray(x)
+    gone = backend.asarrays(*masks)
+
+    def pruned(params: Any, x: Any, gone: Any) -> Any:
+        return tuple(opts.prune(net, params, x, damping=1e-2, pruned=gone))
+
+    found = backend.call(pruned, given, inputs, gone)
+    together = opts.Pruned(*found)
+    assert np.isnan(backend.to_numpy(together.saliency)).tolist() == [False, True, False, False]
+    tol = 1e-8 if backend.float64 else 1e-3
+    for b in (0, 2, 3):
+        alone = opts.prune(net, tuple(w[b] for w in params), x, damping=1e-2, pruned=tuple(m[b] for m in masks))
+        for w, new, mask, before, single in zip(
+            alone.params, together.params, together.pruned, masks, alone.pruned, strict=True
+        ):
+            assert relative(backend.to_numpy(new)[b], w) <= tol
+            assert (backend.to_numpy(new)[b][before[b]] == 0.0).all()
+            np.testing.assert_array_equal(backend.to_numpy(mask)[b], single)
+        i = int(alone.layer)
+        held = [w[b] * ~m[b] for w, m in zip(params, masks, strict=True)]
+        np.testing.assert_allclose(backend.to_numpy(together.params[1 - i])[b], held[1 - i], rtol=1e-6)
+
+
+def test_masks_that_cannot_be() -> None:
+    net, params, x, _ = case("MLP tanh gaussian")
+    good = tuple(np.zeros(w.shape, dtype=bool) for w in params)
+    for masks, error, match in (
+        (good[:1], ValueError, "pruned must have one array for each of 3 layers, got 1"),
+        (tuple(w * 0.0 for w in params), TypeError, r"pruned\[0\] must be an array of bool of the parameters' library"),
+        ([[False]] * 3, TypeError, r"pruned\[0\] must be an array of bool"),
+        ((good[0], good[1].T[:2], good[2]), ValueError, r"pruned\[1\] must have shape"),
+        (good[0], TypeError, "pruned must be a tuple or list"),
+    ):
+        with pytest.raises(error, match=match):
+            opts.prune(net, params, x, pruned=masks)
+        with pytest.raises(error, match=match):
+            opts.saliencies(net, params, x, pruned=masks)
