@@ -89,7 +89,7 @@ def memory_plan(task: ng.GaussianTask, options: dict[str, Any]) -> memory.Plan:
 
     settings = {name: options.get(name) for name in opts.OPTIONS}
     members = ensemble.Ensemble(WEIGHTS, task, None, settings)
-    system = opts.check_system(members, "layerwise", "euler", observables.check_records(RECORD, frozenset()))
+    system = opts.check_system(members, "layerwise", "euler", observables.check_records(RECORD, frozenset()), (0, 40))
     each = memory.sizes_of(members, system, opts.record_shapes(members, system))
     return memory.make_plan(each, members, system, 15, SMALL)
 

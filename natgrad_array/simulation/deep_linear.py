@@ -61,6 +61,8 @@ class DeepLinear:
     records: tuple[tuple[str, Any], ...]
     depth: int
     """L; the exponential integrator keeps the end-to-end matrix alone."""
+    dense: bool
+    """Whether every step is recorded: a compiled loop then has none within."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,14 +89,13 @@ class DeepLinear:
         """Record, and go `length` steps on, at least one."""
         if self.shares_products and data.label_noise is None:
             assert isinstance(self.rule, str)
-            *direction, excess = slope(xp, state.weights, data.task, self.rule, with_excess=True)
-            excess = excess[:, 0, 0]
-            state, mask = settle(xp, state, excess, data.tolerance, number)
+            found = slope(xp, state.weights, data.task, self.rule, with_excess=True)
+            excess = found[-1][:, 0, 0]
+            state, mask, direction = settle(xp, state, excess, data.tolerance, number, found[:-1])
             seen = {"excess_loss": excess, "loss": excess + data.task.factors.minimum_loss}
-            if mask is not None:
-                direction = [xp.where(mask[:, None, None], d, 0.0) for d in direction]
-            weights = self.step(xp, data, state.rate, state.weights, number, tuple(direction))
-            weights = self.steps(xp, data, state.rate, weights, number + 1, length - 1)
+            weights = self.step(xp, data, state.rate, state.weights, number, direction)
+            if not self.dense:
+                weights = self.steps(xp, data, state.rate, weights, number + 1, length - 1)
             return state._replace(weights=weights), tuple(masked(xp, mask, seen[name]) for name in self.names)
         state, found = self.look(xp, data, state, number)
         return state._replace(weights=self.steps(xp, data, state.rate, state.weights, number, length)), found
@@ -102,7 +103,7 @@ class DeepLinear:
     def look(self, xp: Namespace, data: Data, state: State, number: Any) -> tuple[State, Layers]:
         """Record without going on."""
         view = View(xp, state.weights, data.task, data.modes, lambda: self.direction(xp, data.task, state.weights))
-        settled, mask = settle(xp, state, view.excess_loss, data.tolerance, number)
+        settled, mask, _ = settle(xp, state, view.excess_loss, data.tolerance, number)
         found = tuple(
             OBSERVABLES[name](view) if function is None else function(state.weights, data.task)
             for name, function in self.records

@@ -23,7 +23,13 @@ OPTIONS = ("learning_rate", "freeze_converged", "temperature", "label_noise")
 """Settings that may differ between members."""
 
 
-def check_system(ensemble: Ensemble, rule: Any, integrator: Any, records: tuple[tuple[str, Any], ...]) -> DeepLinear:
+def check_system(
+    ensemble: Ensemble,
+    rule: Any,
+    integrator: Any,
+    records: tuple[tuple[str, Any], ...],
+    recorded: tuple[int, ...],
+) -> DeepLinear:
     """Put together what moves the networks of an ensemble.
 
     Raises
@@ -42,7 +48,7 @@ def check_system(ensemble: Ensemble, rule: Any, integrator: Any, records: tuple[
     noisy = [name for name in ("temperature", "label_noise") if ensemble.options[name] is not None]
     if noisy and integrator != "euler":
         raise ValueError(f"{noisy[0]} needs integrator 'euler', got {integrator!r}")
-    return DeepLinear(rule, integrator, records, depth)
+    return DeepLinear(rule, integrator, records, depth, len(recorded) == recorded[-1] + 1)
 
 
 def _check_flow(kind: str, rule: Any, records: tuple[tuple[str, Any], ...]) -> None:

@@ -164,7 +164,7 @@ def simulate(
     records = check_records(record, RESERVED)
     recorded = schedule(check_count("steps", steps), record_every, record_at)
     ensemble = Ensemble(weights, task, members, options)
-    system = check_system(ensemble, rule, integrator, records)
+    system = check_system(ensemble, rule, integrator, records, recorded)
     named = check_axes(axes, ensemble.batch, system.names)
     key = check_rng(ensemble, rng)
     shapes = record_shapes(ensemble, system)

@@ -37,36 +37,45 @@ def start(xp: Namespace, weights: tuple[Array, ...], rate: Array) -> State:
     return State(weights, weights, rate, running, running)
 
 
-def settle(xp: Namespace, state: State, excess: Array, tolerance: Array | None, number: Any) -> tuple[State, Any]:
+def settle(
+    xp: Namespace,
+    state: State,
+    excess: Array,
+    tolerance: Array | None,
+    number: Any,
+    direction: tuple[Array, ...] = (),
+) -> tuple[State, Any, tuple[Array, ...]]:
     """Freeze the members whose loss is not finite, and those whose excess is within the tolerance.
 
-    Returns the state, and the mask of members that have not diverged: None where that is known
-    to be all. On eager arrays one scalar comes to the host.
+    Returns the state; the mask of members that have not diverged, None where that is known to
+    be all; and the direction they are about to take, zero for those that do not move any more.
+    On eager arrays one scalar comes to the host and saves the work where all is well.
     """
-    alive = state.diverged_at == RUNNING
-    good = alive & xp.isfinite(excess)
-    kept: tuple[Array, ...]
-    if _arrays.eager_any(xp, ~good) is False:
-        state, mask = state._replace(kept=state.weights), None
-    else:
-        newly = alive & ~good
-        kept = tuple(xp.where(good[:, None, None], w, k) for w, k in zip(state.weights, state.kept, strict=True))
-        weights = tuple(xp.where(newly[:, None, None], idle(xp, w), w) for w in state.weights)
-        state = State(
-            weights,
-            kept,
-            xp.where(newly[:, None, None], 0.0, state.rate),
-            xp.where(newly, _number(xp, number, newly), state.diverged_at),
+    good = (state.diverged_at == RUNNING) & xp.isfinite(excess)
+    trouble = _arrays.eager_any(xp, ~good)
+
+    def all_well() -> tuple[State, tuple[Array, ...]]:
+        return state._replace(kept=state.weights), direction
+
+    def some_not() -> tuple[State, tuple[Array, ...]]:
+        keep, newly = good[:, None, None], ((state.diverged_at == RUNNING) & ~good)[:, None, None]
+        frozen = State(
+            tuple(xp.where(newly, idle(xp, w), w) for w in state.weights),
+            tuple(xp.where(keep, w, k) for w, k in zip(state.weights, state.kept, strict=True)),
+            xp.where(newly, 0.0, state.rate),
+            xp.where(newly[:, 0, 0], _number(xp, number, good), state.diverged_at),
             state.converged_at,
         )
-        mask = good
+        return frozen, tuple(xp.where(keep, d, 0.0) for d in direction)
+
+    state, direction = all_well() if trouble is False else some_not()
     if tolerance is not None:
         calm = good & (state.converged_at == RUNNING) & (excess <= tolerance)
         state = state._replace(
             rate=xp.where(calm[:, None, None], 0.0, state.rate),
             converged_at=xp.where(calm, _number(xp, number, calm), state.converged_at),
         )
-    return state, mask
+    return state, None if trouble is False else good, direction
 
 
 def idle(xp: Namespace, layer: Array) -> Array:
