@@ -172,7 +172,7 @@ def test_the_newton_step_undoes_the_squaring(wide: bool) -> None:
 # ---------------------------------------------------------------------------------- rungs
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 4), (6, 5, 4, 3), (8, 6, 3, 6, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (6, 5, 4, 3), (8, 6, 3, 6, 8), (8, 3, 3, 3, 6)], ids=str)
 def test_direction_on_every_library(backend: Backend, sizes: tuple[int, ...]) -> None:
     weights, given = network(sizes), moments(sizes[0], sizes[-1])
     task = ng.GaussianTask(*backend.asarrays(*given))

@@ -49,8 +49,9 @@ def by_ends(
             found.append(layers[1 + i] - (shared if behind is None else shared @ behind))
             behind = inverse if behind is None else behind @ inverse
     found.append(layers[-1] - (onto_back if whole is None else onto_back @ whole))
-    for direction in found:
+    for i, direction in enumerate(found):
         direction *= scale
+        found[i] = direction  # where a library cannot write in place, it is another array
     if with_excess:
         found.append(half_square(xp, factors.target - left.factor(1).mT @ right.factor(len(layers) - 1)))
     certified: Array = full_roots(xp, factors)
