@@ -25,6 +25,7 @@ from natgrad_array.simulation.options import (
     loader,
     record_shapes,
 )
+from natgrad_array.simulation.progress import check_progress
 from natgrad_array.simulation.run import Job, run
 from natgrad_array.simulation.schedule import check_count, schedule
 from natgrad_array.simulation.sinks import Memory
@@ -43,6 +44,7 @@ def simulate(
     record: Any = ("loss",),
     record_every: int | None = None,
     record_at: Any = None,
+    progress: bool | str = False,
     freeze_converged: float | Array | None = None,
     temperature: float | Array | None = None,
     label_noise: float | Array | None = None,
@@ -90,6 +92,11 @@ def simulate(
         in any case.
     record_at : sequence of int, optional
         Record at these steps, as `simulation.log_steps` makes them.
+    progress : bool or str
+        Whether to show a bar, and what to put before it: steps of all members together,
+        their rate, the time that is left, and the loss of the worst member where a loss is
+        recorded. Nothing is shown where stderr is neither a terminal nor a notebook. Needs
+        the extra "simulation".
     freeze_converged : float or array of shape (*batch,), optional
         Members whose excess loss is at most this at a record stay as they are from then on.
     temperature : float or array of shape (*batch,), optional
@@ -174,6 +181,7 @@ def simulate(
     check_results_fit(each, ensemble, len(recorded), path)
     plan = make_plan(each, ensemble, system, len(recorded), budget)
     interval = check_interval(checkpoint_interval)
+    title = check_progress(progress)
 
     known = attributes(ensemble, system, recorded[-1], rng)
     identity = {} if path is None and checkpoint is None else fingerprint(ensemble, system, recorded, key, path)
@@ -195,7 +203,8 @@ def simulate(
             stack.callback(sink.close)
         if saved is not None:
             sink.restore(saved.appended, saved.state, saved.progress["record"])
-        job = Job(ensemble.xp, system, loader(ensemble, system, key), pieces, recorded, from_host(ensemble), plan)
+        load = loader(ensemble, system, key)
+        job = Job(ensemble.xp, system, load, pieces, recorded, from_host(ensemble), plan, title)
         if not sink.is_complete:
             run(job, sink, kept)
         found, finals = sink.results(ensemble.xp, system.names, ensemble.batch)
