@@ -14,6 +14,7 @@ from natgrad_array.simulation.checkpoint import Checkpoint, Saved
 from natgrad_array.simulation.deep_linear import Data, DeepLinear
 from natgrad_array.simulation.ensemble import Piece
 from natgrad_array.simulation.memory import Plan
+from natgrad_array.simulation.progress import Bar
 from natgrad_array.simulation.schedule import intervals
 from natgrad_array.simulation.sinks import Host, Sink
 from natgrad_array.simulation.state import State, last_weights
@@ -35,6 +36,8 @@ class Job(NamedTuple):
     from_host: Callable[[Any], Array]
     """A NumPy array as one of the run's library and device."""
     plan: Plan
+    title: str | None = None
+    """What stands before a progress bar, None for no bar."""
 
 
 def run(job: Job, sink: Sink, checkpoint: Checkpoint | None) -> None:
@@ -44,18 +47,29 @@ def run(job: Job, sink: Sink, checkpoint: Checkpoint | None) -> None:
     if saved is not None:
         first, record = saved.progress["piece"], saved.progress["record"]
         state = _state_of(job, saved)
-    for index in range(first, len(job.pieces)):
-        piece = job.pieces[index]
-        data, fresh = job.load(piece)
-        walk = _Walk(job, sink, checkpoint, index, data, fresh if state is None else state, record)
-        with _saved_when_interrupted(walk):
-            walk.go()
-        record, state = 0, None
+    with Bar(job.title, *_work(job, first, record)) as bar:
+        for index in range(first, len(job.pieces)):
+            piece = job.pieces[index]
+            data, fresh = job.load(piece)
+            walk = _Walk(job, sink, checkpoint, index, data, fresh if state is None else state, record, bar)
+            with _saved_when_interrupted(walk):
+                walk.go()
+            record, state = 0, None
     if first < len(job.pieces):
         sink.complete()
         if checkpoint is not None:
             checkpoint.save(_progress(job, len(job.pieces), 0), {}, sink.appended())
             sink.forget()
+
+
+def _work(job: Job, first: int, record: int) -> tuple[int, int]:
+    """Steps of all members, and those of them that were made before."""
+    members = [piece.members for piece in job.pieces]
+    steps = job.recorded[-1]
+    done = sum(members[:first]) * steps
+    if first < len(members):
+        done += members[first] * job.recorded[record]
+    return sum(members) * steps, done
 
 
 def _progress(job: Job, piece: int, record: int) -> dict[str, Any]:
@@ -66,10 +80,18 @@ class _Walk:
     """One piece on its way."""
 
     def __init__(
-        self, job: Job, sink: Sink, checkpoint: Checkpoint | None, index: int, data: Data, state: State, record: int
+        self,
+        job: Job,
+        sink: Sink,
+        checkpoint: Checkpoint | None,
+        index: int,
+        data: Data,
+        state: State,
+        record: int,
+        bar: Bar,
     ) -> None:
         self.job, self.sink, self.checkpoint, self.index = job, sink, checkpoint, index
-        self.data, self.state, self.record = data, state, record
+        self.data, self.state, self.record, self.bar = data, state, record, bar
         self.consistent = True
 
     def go(self) -> None:
@@ -88,6 +110,7 @@ class _Walk:
             self.sink.write(self.index, piece, self.record, seen)
             self.state, self.record = state, self.record + len(block)
             self.consistent = True
+            self.bar.advance(piece.members * sum(block), dict(zip(job.system.names, seen, strict=True)))
             took = time.monotonic() - began
             if took < 0.5 * BLOCK_SECONDS:
                 count = min(2 * count, job.plan.records)
