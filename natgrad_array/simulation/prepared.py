@@ -10,15 +10,14 @@ from typing import Any
 
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.simulation.checkpoint import Checkpoint
-from natgrad_array.simulation.deep_linear import Data, DeepLinear
-from natgrad_array.simulation.ensemble import Ensemble, Piece, cut
+from natgrad_array.simulation.deep_linear import DeepLinear
+from natgrad_array.simulation.ensemble import Ensemble, cut
 from natgrad_array.simulation.fingerprint import digest, dtype_name
 from natgrad_array.simulation.history import Axes, History
 from natgrad_array.simulation.memory import Plan
-from natgrad_array.simulation.options import from_host
-from natgrad_array.simulation.run import Job, run
+from natgrad_array.simulation.options import Loader
+from natgrad_array.simulation.run import Job, here, run
 from natgrad_array.simulation.sinks import Memory
-from natgrad_array.simulation.state import State
 from natgrad_array.simulation.store import Layout, Store
 
 
@@ -28,8 +27,7 @@ class Prepared:
 
     ensemble: Ensemble
     system: DeepLinear
-    load: Callable[[Piece], tuple[Data, State]]
-    """The data of a piece, and the state that it starts from."""
+    load: Loader
     recorded: tuple[int, ...]
     """The steps that are recorded."""
     axes: Axes
@@ -53,7 +51,7 @@ class Prepared:
         """Simulate, or go on where a checkpoint is."""
         xp, system, plan = self.ensemble.xp, self.system, self.plan
         identity = {} if self.store is None and self.checkpoint is None else self.fingerprint()
-        host = from_host(self.ensemble)
+        host = self.ensemble.from_host
         with contextlib.ExitStack() as stack:
             kept = saved = None
             if self.checkpoint is not None:
@@ -76,7 +74,7 @@ class Prepared:
                 sink.restore(saved.appended, saved.state, saved.progress["record"])
             job = Job(xp, system, self.load, pieces, self.recorded, host, plan, self.title)
             if not sink.is_complete:
-                run(job, sink, kept)
+                run(job, sink, kept, here)
             found, finals = sink.results(xp, system.names, self.ensemble.batch)
         count = sum(name.startswith("weights_") for name in finals)
         return self.leave(found, tuple(finals[f"weights_{i + 1}"] for i in range(count)), finals)

@@ -16,11 +16,11 @@ from natgrad_array.simulation.history import RESERVED, History, check_axes
 from natgrad_array.simulation.memory import budget_of, check_results_fit, make_plan, sizes_of
 from natgrad_array.simulation.observables import check_records, target_modes
 from natgrad_array.simulation.options import (
+    Loader,
     check_interval,
     check_rng,
     check_system,
     final_shapes,
-    loader,
     record_shapes,
 )
 from natgrad_array.simulation.prepared import Prepared
@@ -246,7 +246,7 @@ def prepare(
     return Prepared(
         ensemble,
         system,
-        loader(ensemble, system, key),
+        Loader.of(ensemble, system, key),
         recorded,
         named,
         shapes,
