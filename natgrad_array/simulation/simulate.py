@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from natgrad_array._arrays import Array, Shape
+from natgrad_array._client import check_client
 from natgrad_array.deep_linear.products import Weights, regime
 from natgrad_array.deep_linear.task import GaussianTask
-from natgrad_array.simulation.cluster import PIECES_PER_THREAD, check_client, threads, worker_budget
+from natgrad_array.simulation.cluster import PIECES_PER_THREAD, threads, worker_budget
 from natgrad_array.simulation.deep_linear import Rule
 from natgrad_array.simulation.ensemble import Constructor, Ensemble
 from natgrad_array.simulation.fingerprint import attributes, fingerprint
