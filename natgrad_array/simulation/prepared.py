@@ -10,14 +10,13 @@ from typing import Any
 
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.simulation.checkpoint import Checkpoint
-from natgrad_array.simulation.deep_linear import DeepLinear
-from natgrad_array.simulation.ensemble import Ensemble, cut
+from natgrad_array.simulation.ensemble import Members, cut
 from natgrad_array.simulation.fingerprint import digest, dtype_name
 from natgrad_array.simulation.history import Axes, History
 from natgrad_array.simulation.memory import Plan
-from natgrad_array.simulation.options import Loader
 from natgrad_array.simulation.run import Job, here, run
 from natgrad_array.simulation.sinks import Memory
+from natgrad_array.simulation.state import Load, System
 from natgrad_array.simulation.store import Layout, Store
 
 
@@ -25,9 +24,9 @@ from natgrad_array.simulation.store import Layout, Store
 class Prepared:
     """All that a simulation is made of."""
 
-    ensemble: Ensemble
-    system: DeepLinear
-    load: Loader
+    ensemble: Members
+    system: System
+    load: Load
     recorded: tuple[int, ...]
     """The steps that are recorded."""
     axes: Axes
