@@ -10,10 +10,11 @@ from typing import Any
 
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.simulation.checkpoint import Checkpoint
+from natgrad_array.simulation.cluster import PIECES_PER_THREAD, check_client, there, threads, worker_budget
 from natgrad_array.simulation.ensemble import Members, cut
 from natgrad_array.simulation.fingerprint import digest, dtype_name
 from natgrad_array.simulation.history import Axes, History
-from natgrad_array.simulation.memory import Plan
+from natgrad_array.simulation.memory import Plan, Sizes, budget_of, make_plan
 from natgrad_array.simulation.run import Job, here, run
 from natgrad_array.simulation.sinks import Memory
 from natgrad_array.simulation.state import Load, System
@@ -45,6 +46,8 @@ class Prepared:
     interval: float
     title: str | None
     """What stands before a progress bar, None for no bar."""
+    client: Any
+    """Of a Dask cluster, or None."""
 
     def run(self) -> History:
         """Simulate, or go on where a checkpoint is."""
@@ -73,7 +76,23 @@ class Prepared:
                 sink.restore(saved.appended, saved.state, saved.progress["record"])
             job = Job(xp, system, self.load, pieces, self.recorded, host, plan, self.title)
             if not sink.is_complete:
-                run(job, sink, kept, here)
+                run(job, sink, kept, here if self.client is None else there(self.client))
             found, finals = sink.results(xp, system.names, self.ensemble.batch)
         count = sum(name.startswith("weights_") for name in finals)
         return self.leave(found, tuple(finals[f"weights_{i + 1}"] for i in range(count)), finals)
+
+
+def plan_of(each: Sizes, ensemble: Members, system: System, recorded: int, max_bytes: Any, client: Any) -> Plan:
+    """How an ensemble is worked on, here or by a cluster.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `max_bytes` or `client` is wrong, or one member does not fit.
+    """
+    budget, pieces = budget_of(max_bytes, ensemble.like), 0
+    if client is not None:
+        check_client(client)
+        pieces = PIECES_PER_THREAD * threads(client)
+        budget = worker_budget(client, budget) if max_bytes is None else budget
+    return make_plan(each, ensemble, system, recorded, budget, pieces)

@@ -15,10 +15,10 @@ from natgrad_array.optimizers.optimizer import Optimizer
 from natgrad_array.simulation.ensemble import Constructor, Piece
 from natgrad_array.simulation.fingerprint import about, dtype_name, identify, identity, in_parts, sum_of
 from natgrad_array.simulation.history import RESERVED, History, check_axes
-from natgrad_array.simulation.memory import Sizes, budget_of, check_results_fit, make_plan
+from natgrad_array.simulation.memory import Sizes, check_results_fit
 from natgrad_array.simulation.observables import check_records
 from natgrad_array.simulation.options import check_interval
-from natgrad_array.simulation.prepared import Prepared
+from natgrad_array.simulation.prepared import Prepared, plan_of
 from natgrad_array.simulation.progress import check_progress
 from natgrad_array.simulation.schedule import check_count, schedule
 from natgrad_array.simulation.state import leaves
@@ -47,6 +47,7 @@ def simulate_training(
     store: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_interval: float = 10.0,
+    client: Any = None,
 ) -> History:
     """Simulate how an ensemble of networks is trained by an optimizer.
 
@@ -92,7 +93,7 @@ def simulate_training(
         depends on the seed, the step and the member's number alone.
     members : int or tuple of int, optional
         The batch shape, where `params` is a function.
-    axes, max_bytes, store, checkpoint, checkpoint_interval
+    axes, max_bytes, store, checkpoint, checkpoint_interval, client
         As for `simulate`. The samples are arguments: `max_bytes` does not count them.
 
     Returns
@@ -105,7 +106,7 @@ def simulate_training(
     TypeError, ValueError
         If an argument is wrong or does not fit the others, or if results would not fit in
         memory or on the disk. Nothing has run then.
-    FileExistsError, simulation.CheckpointError
+    FileExistsError, ConnectionError, simulation.CheckpointError
         As `simulate` raises them.
 
     Notes
@@ -148,6 +149,7 @@ def simulate_training(
         store=store,
         checkpoint=checkpoint,
         checkpoint_interval=checkpoint_interval,
+        client=client,
     ).run()
 
 
@@ -173,6 +175,7 @@ def prepare_training(
     store: Any,
     checkpoint: Any,
     checkpoint_interval: Any,
+    client: Any,
 ) -> Prepared:
     """Check all arguments of `simulate_training`."""
     if not isinstance(net, Network):
@@ -203,10 +206,9 @@ def prepare_training(
     named = check_axes(axes, ensemble.batch, system.names)
     shapes, memory = _record_shapes(load)
     each = _sizes_of(ensemble, system, shapes, memory)
-    budget = budget_of(max_bytes, ensemble.like)
     path = None if store is None else os.fspath(store)
+    plan = plan_of(each, ensemble, system, len(recorded), max_bytes, client)
     check_results_fit(each, ensemble, len(recorded), path)
-    plan = make_plan(each, ensemble, system, len(recorded), budget)
     interval = check_interval(checkpoint_interval)
     title = check_progress(progress)
     known = about(ensemble, recorded[-1], rng) | {
@@ -250,6 +252,7 @@ def prepare_training(
         checkpoint,
         interval,
         title,
+        client,
     )
 
 

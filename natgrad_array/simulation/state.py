@@ -55,7 +55,14 @@ class System(Protocol):
 
 
 class Load(Protocol):
-    """Makes the data and the first state of a piece of an ensemble."""
+    """Makes the data and the first state of a piece of an ensemble, here or in another process."""
+
+    @property
+    def ensemble(self) -> Any:
+        """What the pieces are cut from."""
+
+    def sent(self) -> Load:
+        """What goes to other processes: the same without weights that were given as arrays."""
 
     def __call__(self, piece: Any, layers: tuple[Array, ...] | None = None) -> tuple[Any, State]:
         """From its weights, if they are given."""

@@ -290,6 +290,10 @@ class Loader:
     key: Any
     """Of batches and draws, None where there are none."""
 
+    def sent(self) -> Loader:
+        """What goes to other processes: the same without parameters that were given as arrays."""
+        return dataclasses.replace(self, ensemble=self.ensemble.bare())
+
     @_arrays.quiet
     def __call__(self, piece: Piece, layers: Layers | None = None) -> tuple[Data, State]:
         """The data and the first state of a piece, from its parameters if they are given."""
