@@ -685,56 +685,87 @@ def repair(
     -----
     On eager arrays a scalar or two come to the host, and only flagged members are
     computed again. A JAX trace has one conditional of three ways: nothing, a sixteenth of
-    the stack or the whole of it is computed again.
+    the stack or the whole of it, sixteenth by sixteenth, is computed again.
     """
     batch = tuple(flags.shape)
-    members = math.prod(batch)
-
-    def whole(array: Array) -> Array:
-        # What has the shape already is written to in place: a broadcast view would be copied.
-        shape = (*batch, *array.shape[-2:])
-        return array if tuple(array.shape) == shape else xp.broadcast_to(array, shape)
-
-    def choose() -> tuple[Array, ...]:
-        flagged = flags[..., None, None]
-        return tuple(xp.where(flagged, new, old) for new, old in zip(slow(*arguments), values, strict=True))
-
-    def flat(array: Array) -> Array:
-        return xp.reshape(whole(array), (members, *array.shape[-2:]))
-
-    def taken(chosen: Array, **options: str) -> list[Array]:
-        # What all members share is not taken apart.
-        return [xp.take(flat(array), chosen, axis=0, **options) if array.ndim > 2 else array for array in arguments]
-
     if is_lazy(flags):
-        few, count = members // 16, xp.count_nonzero(flags)
-
-        def some() -> tuple[Array, ...]:
-            # A trace has fixed shapes: places that no member fills lie outside the stack.
-            (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)), size=few, fill_value=members)
-            new = slow(*taken(chosen, mode="clip"))
-            return tuple(
-                xp.reshape(flat(old).at[chosen].set(part, mode="drop"), (*batch, *old.shape[-2:]))
-                for old, part in zip(values, new, strict=True)
-            )
-
-        ways = [lambda: tuple(whole(value) for value in values), some, choose]
-        if not few:
-            del ways[1]
-        index = xp.sum(count > xp.asarray([0, few] if few else [0]))
-        result: tuple[Array, ...] = sys.modules["jax"].lax.switch(index, ways)
-        return result
+        return _repair_traced(xp, flags, values, arguments, slow)
     if not bool(xp.any(flags)):
         return values
     if bool(xp.all(flags)):
         return slow(*arguments)
     if not any(test(flags) for test in _WRITABLE):
         # The standard has no assignment by index: everything is computed again, and chosen.
-        return choose()
+        flagged = flags[..., None, None]
+        return tuple(xp.where(flagged, new, old) for new, old in zip(slow(*arguments), values, strict=True))
     (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)))
     return tuple(
-        xp.reshape(xpx.at(flat(old))[chosen, ...].set(new), (*batch, *old.shape[-2:]))
-        for old, new in zip(values, slow(*taken(chosen)), strict=True)
+        xp.reshape(xpx.at(_in_a_row(xp, old, batch))[chosen, ...].set(new), (*batch, *old.shape[-2:]))
+        for old, new in zip(values, slow(*_members(xp, arguments, batch, chosen)), strict=True)
+    )
+
+
+def _repair_traced(
+    xp: Namespace,
+    flags: Array,
+    values: tuple[Array, ...],
+    arguments: tuple[Array, ...],
+    slow: Callable[..., tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """`repair` in a JAX trace.
+
+    Memory is set aside for every way, and what exceeds the allocator's pool is mapped anew in
+    every call, which takes longer than a small computation: so nothing slow is done for more
+    than a sixteenth of the stack at once.
+    """
+    jax, batch = sys.modules["jax"], tuple(flags.shape)
+    members = math.prod(batch)
+    few, count = members // 16, xp.count_nonzero(flags)
+
+    def none() -> tuple[Array, ...]:
+        return tuple(xp.broadcast_to(value, (*batch, *value.shape[-2:])) for value in values)
+
+    def some() -> tuple[Array, ...]:
+        # A trace has fixed shapes: places that no member fills lie outside the stack.
+        (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)), size=few, fill_value=members)
+        new = slow(*_members(xp, arguments, batch, chosen, mode="clip"))
+        return tuple(
+            xp.reshape(_in_a_row(xp, old, batch).at[chosen].set(part, mode="drop"), (*batch, *old.shape[-2:]))
+            for old, part in zip(values, new, strict=True)
+        )
+
+    def all_() -> tuple[Array, ...]:
+        if not few:
+            new = slow(*arguments)
+        else:
+            rows = xp.reshape(xp.arange(16 * -(-members // 16)), (16, -1))
+            parts = jax.lax.map(lambda chosen: slow(*_members(xp, arguments, batch, chosen, mode="clip")), rows)
+            new = tuple(
+                xp.reshape(xp.reshape(part, (-1, *part.shape[-2:]))[:members, ...], (*batch, *part.shape[-2:]))
+                for part in parts
+            )
+        return tuple(xp.where(flags[..., None, None], part, old) for part, old in zip(new, values, strict=True))
+
+    ways = [none, some, all_] if few else [none, all_]
+    index = xp.sum(count > xp.asarray([0, few] if few else [0]))
+    result: tuple[Array, ...] = jax.lax.switch(index, ways)
+    return result
+
+
+def _in_a_row(xp: Namespace, array: Array, batch: Shape) -> Array:
+    """A stack of matrices with the members of a batch on one axis."""
+    shape = (*batch, *array.shape[-2:])
+    # What has the shape already is written to in place: a broadcast view would be copied.
+    whole = array if tuple(array.shape) == shape else xp.broadcast_to(array, shape)
+    return xp.reshape(whole, (math.prod(batch), *array.shape[-2:]))
+
+
+def _members(
+    xp: Namespace, arrays: tuple[Array, ...], batch: Shape, chosen: Array, **options: str
+) -> tuple[Array, ...]:
+    """Some of the members of stacks of matrices; what all members share is not taken apart."""
+    return tuple(
+        xp.take(_in_a_row(xp, array, batch), chosen, axis=0, **options) if array.ndim > 2 else array for array in arrays
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from typing import Any
 
@@ -392,6 +393,90 @@ def test_a_rejected_step_is_not_made_and_costs_its_neighbours_nothing() -> None:
     assert state.damping[1] > 1.0
 
 
+@pytest.mark.parametrize("momentum", [False, True])
+def test_the_searched_gamma_is_the_best_of_three(momentum: bool) -> None:
+    """Each candidate's step by dense matrices: its inverse, the system of the quadratic model, the model's value."""
+    net, params, x, y = case("MLP tanh gaussian")
+    members = tuple(np.stack([w, 0.2 * w, 3.0 * w, np.nan * w]) for w in params)
+    decay, rng = 0.01, np.random.default_rng(0)
+    previous = tuple(0.02 * rng.standard_normal(w.shape) for w in members)
+    at = context(net, members, x, y, 0.3)._replace(count=np.asarray(20.0), previous=previous, decay=decay)
+    inverse, estimate = opts.SearchedTikhonov(20, opts.QuadraticModel(momentum=momentum)), opts.ExactDirections()
+    seen = estimate.observe(net, members, at.trace, y, None)
+    moments, squares = inverse.moments(seen, estimate), np.asarray([1.0, 1e-3, 30.0, 1.0])
+    prepared = inverse.refresh((None, squares), moments, seen, estimate, at)
+    direction = inverse.apply(prepared, at)[0]
+    chosen = []
+    for b in range(3):
+        fisher = net.fisher(tuple(w[b] for w in members), x).to_dense()
+        curved = fisher + (0.3 + decay) * np.eye(len(fisher))
+        gradient, last = stack([g[b] for g in at.gradient]), stack([p[b] for p in previous])
+        tried = []
+        for square in squares[b] * 0.95 ** np.asarray([0.0, 20.0, -20.0]):
+            found = []
+            for a, g in ((np.broadcast_to(m, (4, *m.shape[-2:]))[b] for m in block) for block in moments):
+                pi = np.sqrt(np.trace(a) / len(a) * len(g) / np.trace(g))
+                damped = np.kron(a + pi * square**0.5 * np.eye(len(a)), g + square**0.5 / pi * np.eye(len(g)))
+                start = sum(map(len, found))
+                found.append(np.linalg.solve(damped, gradient[start : start + len(damped)]))
+            ways = np.stack([np.concatenate(found), last][: 1 + momentum])
+            move = -np.linalg.solve(ways @ curved @ ways.T, ways @ gradient) @ ways
+            tried.append((gradient @ move + 0.5 * move @ curved @ move, square, np.concatenate(found)))
+        _, square, wanted = min(tried, key=lambda candidate: candidate[0])
+        chosen.append(round(np.log(square / squares[b]) / np.log(0.95)))
+        assert relative(prepared[1][b], square) <= 1e-12
+        assert relative(stack([d[b] for d in direction]), wanted) <= 1e-8
+    assert len(set(chosen)) > 1
+    assert all(np.isnan(d[3]).all() for d in direction)
+
+
+def test_gamma_is_its_own_between_searches() -> None:
+    """γ² begins at damping and weight decay, and moves by (19/20)^4 or not at all in every fourth step."""
+    net, params, x, y = problem()
+    optimizer = opts.kfac(damping=0.3, refresh=2, search=4, share=1.0, weight_decay=0.01)
+    state, rng, squares = optimizer.init(net, params), np.random.default_rng(0), []
+    for _ in range(30):
+        params, state, _ = optimizer.step(net, params, state, x, y, rng)
+        squares.append(state.prepared[1])
+    powers = np.log(np.asarray(squares) / 0.31) / np.log(0.95**4)
+    np.testing.assert_allclose(powers, np.round(powers), atol=1e-9)
+    assert not powers[:4].any()
+    moves = np.diff(np.round(powers), axis=0)
+    assert np.abs(moves).max() == 1.0
+    assert not moves[[k for k in range(29) if (k + 1) % 4]].any()
+
+
+@pytest.mark.parametrize("scaling", [opts.QuadraticModel(), opts.Fixed(1.0)])
+def test_weight_decay_is_ridge_regression(scaling: Any) -> None:
+    """One layer's penalised loss is quadratic: the full Fisher finds its minimum, known in closed form, in one step."""
+    net, rng = MLP((4, 3)), np.random.default_rng(0)
+    x, y = rng.standard_normal((30, 4)), rng.standard_normal((30, 3))
+    params, decays = net.init(0, (2,), like=x), np.asarray([0.05, 2.0])
+    policy = opts.LevenbergMarquardt(0.0, prediction="exact")
+    optimizer = opts.Optimizer(opts.ExactDirections(), opts.FullFisher(), scaling, policy, weight_decay=decays)
+    new, _, info = step_of(optimizer, net, params, x, y)
+    rows = np.concatenate([x, np.ones((30, 1))], axis=-1)
+    for b, decay in enumerate(decays):
+        ridge = np.linalg.solve(rows.T @ rows / 30 + decay * np.eye(5), rows.T @ y / 30).T
+        assert relative(new[0][b], ridge) <= 1e-9
+        losses = [0.5 * np.sum((rows @ w.T - y) ** 2) / 30 + 0.5 * decay * np.sum(w**2) for w in (params[0][b], ridge)]
+        np.testing.assert_allclose([info.loss[b], info.new_loss[b]], losses, rtol=1e-10)
+    np.testing.assert_allclose(info.ratio, 1.0, rtol=1e-8)
+
+
+@pytest.mark.parametrize("optimizer", [opts.kfac(damping=0.1, share=1.0), opts.sgd(learning_rate=0.2)])
+def test_weight_decay_ends_at_the_penalised_minimum(optimizer: opts.Optimizer) -> None:
+    net, rng = MLP((2, 3), likelihood="categorical"), np.random.default_rng(0)
+    x, y = rng.standard_normal((30, 2)), rng.integers(0, 3, 30)
+    optimizer, params = dataclasses.replace(optimizer, weight_decay=0.1), net.init(0, like=x)
+    state = optimizer.init(net, params)
+    for _ in range(400):
+        params, state, info = optimizer.step(net, params, state, x, y, rng)
+    slope = net.gradient(params, x, y)[0] + 0.1 * params[0]
+    assert np.abs(slope).max() <= 1e-5
+    assert relative(info.loss, net.loss(params, x, y) + 0.05 * np.sum(params[0] ** 2)) <= 1e-6
+
+
 # ------------------------------------------------------------------------------ invariance
 
 
@@ -475,11 +560,11 @@ def test_every_preset_works_without_arguments(name: str) -> None:
     assert float(again.count) == 60.0
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, "kfac that searches"])
 def test_an_ensemble_is_its_members(name: str) -> None:
     """Six steps of a stack against six of each member, and a NaN that stays where it is."""
     net, params, x, y = problem()
-    optimizer = PRESETS[name]()
+    optimizer = PRESETS[name]() if name in PRESETS else opts.kfac(search=5, weight_decay=0.01)
     noise = noise_of(optimizer)
     together, _ = train(optimizer, net, params, x, y, 6, noise)
     broken = tuple(w.copy() for w in params)
@@ -496,7 +581,8 @@ def test_an_ensemble_is_its_members(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_compiled_steps_are_the_eager_ones(name: str) -> None:
     net, params, x, y = problem()
-    optimizer = PRESETS[name]()
+    # What K-FAC can do besides is compiled with it.
+    optimizer = PRESETS[name](**({"search": 5, "weight_decay": 0.01} if name == "kfac" else {}))
     noise = noise_of(optimizer)
     wanted, _ = train(optimizer, net, params, x, y, 8, noise)
     params, x, y = JAX.asarrays(*params), JAX.asarray(x), JAX.asarray(y)
@@ -624,6 +710,10 @@ def test_dead_layers_one_sample_and_no_damping(name: str) -> None:
             "estimate must have errors",
         ),
         (lambda: opts.RescaledEigenbasis(average=-0.1), ValueError, "average must be at least 0 and below 1"),
+        (lambda: opts.SearchedTikhonov(every=0), ValueError, "every must be an integer of at least 1, got 0"),
+        (lambda: opts.SearchedTikhonov(scaling=opts.Fixed()), TypeError, "scaling must be a QuadraticModel, got Fixed"),
+        (lambda: opts.kfac(search=12), ValueError, r"search must be 0 or a multiple of refresh \(5\), got 12"),
+        (lambda: opts.kfac(search=-5), ValueError, r"search must be 0 or a multiple of refresh \(5\), got -5"),
         (lambda: opts.Adam(beta1=1.0), ValueError, "beta1 must be at least 0 and below 1, got 1.0"),
         (lambda: opts.Adam(eps=-1.0), ValueError, "eps must be at least 0, got -1.0"),
     ],
@@ -651,6 +741,10 @@ def test_steps_that_cannot_be() -> None:
         opts.natural_gradient(damping=np.ones(3)).init(net, params)
     with pytest.raises(ValueError, match=r"learning_rate must be at least 0, got -1"):
         step_of(opts.sgd(learning_rate=-1), net, params, x, y)
+    with pytest.raises(ValueError, match=r"weight_decay must be at least 0, got -1"):
+        step_of(opts.kfac(weight_decay=-1), net, params, x, y, 0)
+    with pytest.raises(ValueError, match=r"weight_decay must have a shape that broadcasts to the batch shape \(4,\)"):
+        step_of(opts.kfac(weight_decay=np.ones(3)), net, params, x, y, 0)
     with pytest.raises(ValueError, match=r"y must"):
         optimizer.step(net, params, state, x, y[:, :1], 0)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -219,6 +221,37 @@ def test_without_zarr_or_xarray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ng.simulate(WEIGHTS, TASK, store=tmp_path / "s", **OPTIONS)
     with pytest.raises(ModuleNotFoundError, match="xarray is needed"):
         history.to_xarray()
+
+
+# ------------------------------------------------------------------------------ progress
+
+
+class Terminal(io.StringIO):
+    """Looks like one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at all steps of all members, with the loss of the worst member that has one."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("TERM", "xterm")
+    rates = np.asarray([0.01, 0.05, 0.1, 1e9])[:, None]
+    options = OPTIONS | {"learning_rate": rates, "rule": "gradient", "record_every": 10, "steps": 40}
+    history = ng.simulate(WEIGHTS, TASK, max_bytes=SMALL, progress="sweep 1", **options)
+    assert np.count_nonzero(history.diverged) == 6
+    plain = re.sub(r"\x1b\[[0-9?;]*[a-zA-Z]", "", screen.getvalue())
+    last = [line for line in plain.split("\r") if "%" in line][-1]
+    # The last piece has members that diverged, and may have nothing else.
+    assert re.search(r"sweep 1 .* 100% [0-9.]+k? steps/s 0:00:00 (worst loss [0-9.]+|all diverged)", last), last
+    shown = ng.simulation.progress.worst({"loss": history.loss[:4], "modes": history.modes[:4]})
+    assert shown == f"worst loss {np.nanmax(history.loss[3]):.3g}"
+    monkeypatch.setattr(sys, "stderr", quiet := io.StringIO())
+    ng.simulate(WEIGHTS, TASK, progress=True, **options)
+    assert not quiet.getvalue()
 
 
 # --------------------------------------------------------------------------- checkpoints
@@ -577,6 +610,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"axes\['rate'\] must be 4 numbers, got int64 of shape \(3,\)",
     ),
     "max_bytes": ({"max_bytes": -1}, ValueError, "max_bytes must be a positive integer, got -1"),
+    "progress": (
+        {"progress": 3},
+        TypeError,
+        "progress must be True, False or a text that is put before the bar, got 3",
+    ),
     "interval": ({"checkpoint_interval": -1.0}, ValueError, "checkpoint_interval must be a number of seconds"),
     "noise without a seed": ({"temperature": 0.1}, ValueError, "rng must be given with temperature: an integer seed"),
     "generator": (

@@ -317,7 +317,7 @@ class NaturalGradient(torch.optim.Optimizer):  # type: ignore[misc]
         gradient = tuple(layer.read_gradient() for layer in self._layers)
         statistics = self._statistics() if optimizer.inverse.uses_statistics else None
         trace = Trace((), (), record.output)
-        at = Context(_Net(self), params, None, trace, gradient, self._state.damping, self._state.count)
+        at = optimizer._context(_Net(self), params, None, trace, gradient, self._state)
         rate = self.param_groups[0]["lr"]
         if rate != 1.0:
             optimizer = dataclasses.replace(optimizer, scaling=_Scaled(optimizer.scaling, rate))

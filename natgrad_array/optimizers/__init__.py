@@ -42,6 +42,7 @@ from natgrad_array.optimizers.presets import (
     tridiagonal_kfac,
 )
 from natgrad_array.optimizers.pruning import Pruned, prune, saliencies
+from natgrad_array.optimizers.searched import SearchedTikhonov
 from natgrad_array.optimizers.steps import (
     Damping,
     Fixed,
@@ -81,6 +82,7 @@ __all__ = [
     "RescaledEigenbasis",
     "RootDamped",
     "Scaling",
+    "SearchedTikhonov",
     "Statistics",
     "StepInfo",
     "Tikhonov",

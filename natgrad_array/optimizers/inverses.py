@@ -38,6 +38,10 @@ class Context(NamedTuple):
         Of each member.
     count : array, shape ()
         Steps taken before this one.
+    previous : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
+        The last change of the parameters.
+    decay : float or array of shape (*batch,)
+        The weight decay: the curvature of the penalty, which is a multiple of the identity.
     """
 
     net: Any
@@ -47,6 +51,8 @@ class Context(NamedTuple):
     gradient: Tangent
     damping: Array
     count: Array
+    previous: Tangent = ()
+    decay: Any = 0.0
 
     @property
     def xp(self) -> Namespace:
@@ -54,9 +60,14 @@ class Context(NamedTuple):
         return _arrays.namespace(self.damping)
 
     @property
+    def shift(self) -> Array:
+        """What is added to eigenvalues of the Fisher information: the damping and the weight decay."""
+        return self.damping + self.decay
+
+    @property
     def scalar(self) -> Array:
-        """The damping with two core axes of length one."""
-        return self.damping[..., None, None]
+        """The shift with two core axes of length one."""
+        return self.shift[..., None, None]
 
 
 class Inverse:
@@ -450,7 +461,7 @@ class FullFisher(Inverse):
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
         fisher = at.net.fisher(at.params, at.x)
-        return fisher.precondition(at.gradient, inverse="moore_penrose", damping=at.damping), prepared
+        return fisher.precondition(at.gradient, inverse="moore_penrose", damping=at.shift), prepared
 
 
 class AdamState(NamedTuple):

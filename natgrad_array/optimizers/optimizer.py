@@ -13,7 +13,7 @@ from natgrad_array.networks.network import Network, Params
 from natgrad_array.optimizers.estimates import Estimate, InputsOnly, Statistics, weighted
 from natgrad_array.optimizers.inverses import Context, Identity, Inverse, Tangent
 from natgrad_array.optimizers.preconditioner import Preconditioner
-from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, Scaling
+from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, Scaling, decays, dot
 
 
 class OptimizerState(NamedTuple):
@@ -46,7 +46,7 @@ class StepInfo(NamedTuple):
     Attributes
     ----------
     loss : array, shape (*batch,)
-        Of the batch before the step, in nats per sample.
+        Of the batch before the step, in nats per sample, a penalty included.
     new_loss : array, shape (*batch,), or None
         Of the same batch after it, where the damping policy asked for it.
     rate : array, shape (*batch,)
@@ -89,11 +89,16 @@ class Optimizer:
     refresh : int
         Steps between two inverses. On eager arrays more than one costs a scalar brought to
         the host in each step.
+    weight_decay : float or array of shape (*batch,)
+        η of a penalty ½ η ‖θ‖² on all parameters, which is part of the loss: of its gradient,
+        of what a step is expected to gain, and of the curvature, where η adds to the damping
+        as in K-FAC. (Not where the damping is on the inputs alone, as in `Whitening`.)
 
     Raises
     ------
     TypeError, ValueError
-        If a choice is of the wrong kind, or `refresh` is not a positive integer.
+        If a choice is of the wrong kind, or `refresh` is not a positive integer. A weight
+        decay that is negative, or does not broadcast to the ensemble, raises in a step.
 
     Notes
     -----
@@ -122,6 +127,7 @@ class Optimizer:
     scaling: Scaling = field(default_factory=Fixed)
     damping: Damping = field(default_factory=Damping)
     refresh: int = 1
+    weight_decay: Any = 0.0
 
     def __post_init__(self) -> None:
         for name, kind in (("estimate", Estimate), ("inverse", Inverse), ("scaling", Scaling), ("damping", Damping)):
@@ -261,9 +267,7 @@ class Optimizer:
         _, given = _check(net, params)
         _check_state(state)
         trace = net.forward(given, x)
-        # The targets are checked where a step would check them.
-        net.likelihood.residual(trace.output, y)
-        at = Context(net, given, x, trace, (), state.damping, state.count)
+        at = self._context(net, given, x, trace, _gradient(net, given, trace, y), state)
         statistics = self.estimate.observe(net, given, trace, y, rng) if self.inverse.uses_statistics else None
         return Preconditioner(self.inverse, *self._prepare(state, at, statistics), at)
 
@@ -280,12 +284,21 @@ class Optimizer:
         """A step with a gradient of the caller's, or with that of the loss."""
         trace = net.forward(given, x)
         loss = net.likelihood.loss(trace.output, y)
-        if gradient is None:
-            errors = net.likelihood.residual(trace.output, y) / trace.output.shape[-2]
-            gradient = passes.collect(trace.rows, passes.backward(net.layers, given, trace, errors))
-        at = Context(net, given, x, trace, gradient, state.damping, state.count)
+        gradient = _gradient(net, given, trace, y) if gradient is None else gradient
+        at = self._context(net, given, x, trace, gradient, state)
         statistics = self.estimate.observe(net, given, trace, y, rng) if self.inverse.uses_statistics else None
         return self._advance(at, state, statistics, loss, lambda new: net.likelihood.loss(net.output(new, x), y))
+
+    def _context(
+        self, net: Any, params: Tangent, x: Any, trace: Any, gradient: Tangent, state: OptimizerState
+    ) -> Context:
+        """Where the optimizer is, with the weight decay in the gradient."""
+        xp, like = _arrays.namespace(state.damping), state.damping
+        decay = _arrays.check_nonnegative("weight_decay", self.weight_decay, xp, like, batch=tuple(like.shape))
+        if decays(decay):
+            decay = decay + xp.zeros_like(like)
+            gradient = tuple(g + decay[..., None, None] * w for g, w in zip(gradient, params, strict=True))
+        return Context(net, params, x, trace, gradient, like, state.count, state.previous, decay)
 
     def _advance(
         self,
@@ -300,7 +313,7 @@ class Optimizer:
         The network in `at` needs no more than a likelihood and `tangent`: adapters to other
         frameworks bring one of their own.
         """
-        xp = at.xp
+        xp, loss = at.xp, None if loss is None else _penalised(at, loss, at.params)
         moments, prepared = self._prepare(state, at, statistics)
         moments = moments if self.estimate.average > 0.0 else ()
         direction, prepared = self.inverse.apply(prepared, at)
@@ -310,7 +323,7 @@ class Optimizer:
         new_loss = ratio = accepted = None
         if evaluate is not None and isinstance(self.damping, LevenbergMarquardt):
             predicted = self.damping.predicted(made, direction, at)
-            new_loss = evaluate(new)
+            new_loss = _penalised(at, evaluate(new), new)
             damping, ratio, accepted = self.damping.judge(loss, new_loss, predicted, at)
             if self.damping.reject:
                 made_ones = accepted[..., None, None]
@@ -392,7 +405,7 @@ class Optimizer:
         if not self.estimate.has_errors:
             statistics = statistics._replace(deltas=None)
         state = self._start(given) if state is None else state
-        at = Context(None, given, None, None, steps, state.damping, state.count)
+        at = self._context(None, given, None, None, steps, state)
         return self._advance(at, state, statistics, None, None)
 
     def _prepare(self, state: OptimizerState, at: Context, statistics: Statistics | None) -> tuple[Any, Any]:
@@ -428,6 +441,16 @@ def _spread(values: Any, like: Any) -> Any:
     if values is None or values.shape == like.shape:
         return values
     return _arrays.namespace(values).broadcast_to(values, tuple(like.shape)) + 0.0
+
+
+def _gradient(net: Network, params: Tangent, trace: passes.Trace, y: Array) -> Tangent:
+    errors = net.likelihood.residual(trace.output, y) / trace.output.shape[-2]
+    return passes.collect(trace.rows, passes.backward(net.layers, params, trace, errors))
+
+
+def _penalised(at: Context, loss: Array, params: Tangent) -> Array:
+    """A loss with ½ η ‖θ‖²."""
+    return loss + 0.5 * at.decay * dot(at.xp, params, params) if decays(at.decay) else loss
 
 
 def _check(net: Network, params: Params) -> tuple[Namespace, tuple[Array, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from natgrad_array._arrays import Array
+from natgrad_array._arrays import Array, is_integer
 from natgrad_array.optimizers.estimates import Empirical, Estimate, ExactDirections, InputsOnly, ModelSampled
 from natgrad_array.optimizers.inverses import (
     Adam,
@@ -16,6 +16,7 @@ from natgrad_array.optimizers.inverses import (
 )
 from natgrad_array.optimizers.low_rank import LowRankOnline
 from natgrad_array.optimizers.optimizer import Optimizer
+from natgrad_array.optimizers.searched import SearchedTikhonov
 from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, NormBound, PerLayer, QuadraticModel
 from natgrad_array.optimizers.tridiagonal import BlockTridiagonal
 from natgrad_array.optimizers.whitening import Whitening
@@ -74,6 +75,8 @@ def kfac(
     momentum: bool = True,
     share: float = 0.25,
     estimate: Estimate | None = None,
+    search: int = 0,
+    weight_decay: float | Array = 0.0,
 ) -> Optimizer:
     """K-FAC: averaged model samples × factored Tikhonov × exact quadratic model with momentum.
 
@@ -91,16 +94,26 @@ def kfac(
         The part of the batch that moments and products with F are computed on.
     estimate : Estimate, optional
         Another one than averaged model samples: `convolution="reduce"` for instance.
+    search : int
+        Steps between searches of the factors' γ among three values, a multiple of
+        `refresh`; 0 keeps γ at the root of damping and weight decay.
+    weight_decay : float or array of shape (*batch,)
+        η of a penalty ½ η ‖θ‖² in the loss.
 
     Returns
     -------
     Optimizer
         The three choices.
 
+    Raises
+    ------
+    ValueError
+        If `search` is not a multiple of `refresh`.
+
     Notes
     -----
-    Martens and Grosse (2015); on convolutions it is KFC (Grosse and Martens 2016), with
-    positions expanded or reduced.
+    Martens and Grosse (2015), who search every 20 steps and decay by 1e-5; on convolutions
+    it is KFC (Grosse and Martens 2016), with positions expanded or reduced.
 
     Examples
     --------
@@ -108,12 +121,16 @@ def kfac(
     >>> ng.optimizers.kfac(refresh=20).refresh
     20
     """
+    if search and (not is_integer(search) or search < 0 or search % refresh):
+        raise ValueError(f"search must be 0 or a multiple of refresh ({refresh}), got {search!r}")
+    scaling = QuadraticModel(momentum=momentum, share=share)
     return Optimizer(
         ModelSampled(average, share) if estimate is None else estimate,
-        FactoredTikhonov(),
-        QuadraticModel(momentum=momentum, share=share),
+        SearchedTikhonov(search, scaling) if search else FactoredTikhonov(),
+        scaling,
         _adaptive(damping, share),
         refresh,
+        weight_decay,
     )
 
 

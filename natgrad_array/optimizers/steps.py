@@ -51,6 +51,11 @@ def curvature(at: Context, trace: Trace, a: Array, b: Array) -> Array:
     return at.xp.sum(a * product, axis=(-2, -1)) / trace.output.shape[-2]
 
 
+def decays(decay: float | Array) -> bool:
+    """Whether there is a weight decay at all."""
+    return not (isinstance(decay, float) and decay == 0.0)
+
+
 class Scaling:
     """What all step rules share."""
 
@@ -176,8 +181,8 @@ class QuadraticModel(Scaling):
     """The best step, and the best share of the last one, in the exact quadratic model of the loss.
 
     Δ = α d + μ Δ_0 with α and μ the solution of a 2 × 2 system of products with the exact
-    Fisher information of the batch plus the damping (Martens and Grosse 2015, sections
-    6.4 and 7).
+    Fisher information of the batch plus the damping and the weight decay (Martens and
+    Grosse 2015, sections 6.4 and 7).
 
     Parameters
     ----------
@@ -202,14 +207,14 @@ class QuadraticModel(Scaling):
         stacked = tuple(xp.stack(xp.broadcast_arrays(*arrays)) for arrays in zip(*ways, strict=True))
         moved = at.net.tangent(at.params, trace, stacked)
         j_d = moved[0, ...]
-        b_dd = curvature(at, trace, j_d, j_d) + at.damping * dot(xp, direction, direction)
+        b_dd = curvature(at, trace, j_d, j_d) + at.shift * dot(xp, direction, direction)
         slope = dot(xp, at.gradient, direction)
         alone = -slope / xp.where(b_dd > 0.0, b_dd, 1.0)
         if not self.momentum:
             return _mixed(alone, None, direction, previous, j_d, None)
         j_p = moved[1, ...]
-        b_pp = curvature(at, trace, j_p, j_p) + at.damping * dot(xp, previous, previous)
-        b_dp = curvature(at, trace, j_d, j_p) + at.damping * dot(xp, direction, previous)
+        b_pp = curvature(at, trace, j_p, j_p) + at.shift * dot(xp, previous, previous)
+        b_dp = curvature(at, trace, j_d, j_p) + at.shift * dot(xp, direction, previous)
         slope_p = dot(xp, at.gradient, previous)
         determinant = b_dd * b_pp - b_dp * b_dp
         # Without a last change, or along the direction, the second equation says nothing new.
@@ -310,7 +315,7 @@ class LevenbergMarquardt(Damping):
         The first damping.
     prediction : {"exact", "block_diagonal", "damped"}
         The reduction that is expected of a change Δ: "exact" −∇ᵀΔ − ½ ΔᵀFΔ with the exact
-        F, "damped" with F + damping, "block_diagonal" with the inverse's own blocks, as if
+        F (and the weight decay), "damped" with F + damping, "block_diagonal" with the inverse's own blocks, as if
         layers did not see each other. By the last a perfect step of the layerwise rule
         has a ratio of L/(2L − 1) in place of 1; it costs no pass.
     lower, upper : float
@@ -370,9 +375,10 @@ class LevenbergMarquardt(Damping):
         if moved is None or moved.shape[-2] != trace.output.shape[-2]:
             moved = at.net.tangent(at.params, trace, step.change)
         reduction = -dot(xp, at.gradient, step.change) - 0.5 * curvature(at, trace, moved, moved)
-        if self.prediction == "damped":
-            reduction = reduction - 0.5 * at.damping * dot(xp, step.change, step.change)
-        return reduction
+        if self.prediction == "exact" and not decays(at.decay):
+            return reduction
+        shift = at.decay if self.prediction == "exact" else at.shift
+        return reduction - 0.5 * shift * dot(xp, step.change, step.change)
 
     def judge(self, loss: Array, new_loss: Array, predicted: Array, at: Context) -> Verdict:
         """Compare what came with what was expected.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -128,6 +129,18 @@ class Ensemble:
     def members(self) -> int:
         """How many networks."""
         return math.prod(self.batch)
+
+    def from_host(self, array: Any) -> Array:
+        """A NumPy array as one of the ensemble's library and device."""
+        return self.xp.asarray(array, device=_arrays.device(self.like))
+
+    def bare(self) -> Ensemble:
+        """The same without weights that were given as arrays: to other processes they go piece by piece."""
+        if self.constructor is not None:
+            return self
+        found = copy.copy(self)
+        found.arrays, found.like = (), self.xp.zeros((), dtype=self.like.dtype, device=_arrays.device(self.like))
+        return found
 
     def layers(self, start: int, stop: int) -> tuple[Array, ...]:
         """New weights of some members, (members, n_i, n_{i-1})."""

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.deep_linear.products import Weights, regime
 from natgrad_array.deep_linear.task import GaussianTask
-from natgrad_array.simulation.checkpoint import Checkpoint
 from natgrad_array.simulation.deep_linear import Rule
-from natgrad_array.simulation.ensemble import Constructor, Ensemble, cut
-from natgrad_array.simulation.fingerprint import attributes, digest, dtype_name, fingerprint
+from natgrad_array.simulation.ensemble import Constructor, Ensemble
+from natgrad_array.simulation.fingerprint import attributes, fingerprint
 from natgrad_array.simulation.history import RESERVED, History, check_axes
-from natgrad_array.simulation.memory import Plan, budget_of, check_results_fit, make_plan, sizes_of
+from natgrad_array.simulation.memory import budget_of, check_results_fit, make_plan, sizes_of
 from natgrad_array.simulation.observables import check_records, target_modes
 from natgrad_array.simulation.options import (
+    Loader,
     check_interval,
     check_rng,
     check_system,
     final_shapes,
-    from_host,
-    loader,
     record_shapes,
 )
-from natgrad_array.simulation.run import Job, run
+from natgrad_array.simulation.prepared import Prepared
+from natgrad_array.simulation.progress import check_progress
 from natgrad_array.simulation.schedule import check_count, schedule
-from natgrad_array.simulation.sinks import Memory
-from natgrad_array.simulation.store import Layout, Store
 
 
 def simulate(
@@ -43,6 +40,7 @@ def simulate(
     record: Any = ("loss",),
     record_every: int | None = None,
     record_at: Any = None,
+    progress: bool | str = False,
     freeze_converged: float | Array | None = None,
     temperature: float | Array | None = None,
     label_noise: float | Array | None = None,
@@ -90,6 +88,11 @@ def simulate(
         in any case.
     record_at : sequence of int, optional
         Record at these steps, as `simulation.log_steps` makes them.
+    progress : bool or str
+        Whether to show a bar, and what to put before it: steps of all members together,
+        their rate, the time that is left, and the loss of the worst member where a loss is
+        recorded. Nothing is shown where stderr is neither a terminal nor a notebook. Needs
+        the extra "simulation".
     freeze_converged : float or array of shape (*batch,), optional
         Members whose excess loss is at most this at a record stay as they are from then on.
     temperature : float or array of shape (*batch,), optional
@@ -155,6 +158,55 @@ def simulate(
     >>> history.modes.shape
     (51, 100, 2)
     """
+    return prepare(
+        weights,
+        task,
+        learning_rate=learning_rate,
+        steps=steps,
+        rule=rule,
+        integrator=integrator,
+        record=record,
+        record_every=record_every,
+        record_at=record_at,
+        progress=progress,
+        freeze_converged=freeze_converged,
+        temperature=temperature,
+        label_noise=label_noise,
+        rng=rng,
+        members=members,
+        axes=axes,
+        max_bytes=max_bytes,
+        store=store,
+        checkpoint=checkpoint,
+        checkpoint_interval=checkpoint_interval,
+    ).run()
+
+
+def prepare(
+    weights: Weights | Constructor,
+    task: GaussianTask,
+    /,
+    *,
+    learning_rate: Any,
+    steps: Any,
+    rule: Any,
+    integrator: Any,
+    record: Any,
+    record_every: Any,
+    record_at: Any,
+    progress: Any,
+    freeze_converged: Any,
+    temperature: Any,
+    label_noise: Any,
+    rng: Any,
+    members: Any,
+    axes: Any,
+    max_bytes: Any,
+    store: Any,
+    checkpoint: Any,
+    checkpoint_interval: Any,
+) -> Prepared:
+    """Check all arguments of `simulate`."""
     options = {
         "learning_rate": learning_rate,
         "freeze_converged": freeze_converged,
@@ -174,40 +226,37 @@ def simulate(
     check_results_fit(each, ensemble, len(recorded), path)
     plan = make_plan(each, ensemble, system, len(recorded), budget)
     interval = check_interval(checkpoint_interval)
+    title = check_progress(progress)
 
     known = attributes(ensemble, system, recorded[-1], rng)
-    identity = {} if path is None and checkpoint is None else fingerprint(ensemble, system, recorded, key, path)
-    with contextlib.ExitStack() as stack:
-        kept = saved = None
-        if checkpoint is not None:
-            kept = Checkpoint(checkpoint, interval, identity)
-            stack.callback(kept.close)
-            saved = kept.saved
-        if saved is not None:
-            plan = Plan(**saved.progress["plan"])
-        pieces = cut(ensemble.batch, plan.members)
-        sink: Memory | Store
-        if path is None:
-            sink = Memory(from_host(ensemble), checkpointed=kept is not None)
-        else:
-            layout = Layout(recorded, named, shapes, final_shapes(ensemble, system), dtype_name(ensemble.like), pieces)
-            sink = Store(path, layout, known, digest(identity), resumed=kept is not None, begun=saved is not None)
-            stack.callback(sink.close)
-        if saved is not None:
-            sink.restore(saved.appended, saved.state, saved.progress["record"])
-        job = Job(ensemble.xp, system, loader(ensemble, system, key), pieces, recorded, from_host(ensemble), plan)
-        if not sink.is_complete:
-            run(job, sink, kept)
-        found, finals = sink.results(ensemble.xp, system.names, ensemble.batch)
-    count = sum(name.startswith("weights_") for name in finals)
-    return History(
-        found,
-        tuple(finals[f"weights_{i + 1}"] for i in range(count)),
-        finals,
-        steps=recorded,
-        axes=named,
-        regime=regime(ensemble.arrays, task),
-        attributes=known,
-        target_modes=target_modes(ensemble.xp, task, system.names),
-        store=path,
+
+    def leave(found: Mapping[str, Array], weights: tuple[Array, ...], finals: Mapping[str, Array]) -> History:
+        return History(
+            found,
+            weights,
+            finals,
+            steps=recorded,
+            axes=named,
+            regime=regime(ensemble.arrays, task),
+            attributes=known,
+            target_modes=target_modes(ensemble.xp, task, system.names),
+            store=path,
+        )
+
+    return Prepared(
+        ensemble,
+        system,
+        Loader.of(ensemble, system, key),
+        recorded,
+        named,
+        shapes,
+        final_shapes(ensemble, system),
+        plan,
+        known,
+        lambda: fingerprint(ensemble, system, recorded, key, path),
+        leave,
+        path,
+        checkpoint,
+        interval,
+        title,
     )
