@@ -24,6 +24,7 @@ OPTIONAL = (
     "jax",
     "cupy",
     "dask",
+    "distributed",
     "optax",
     "scipy",
     "sklearn",

@@ -10,6 +10,7 @@ from typing import Any
 
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.simulation.checkpoint import Checkpoint
+from natgrad_array.simulation.cluster import there
 from natgrad_array.simulation.deep_linear import DeepLinear
 from natgrad_array.simulation.ensemble import Ensemble, cut
 from natgrad_array.simulation.fingerprint import digest, dtype_name
@@ -46,6 +47,8 @@ class Prepared:
     interval: float
     title: str | None
     """What stands before a progress bar, None for no bar."""
+    client: Any
+    """Of a Dask cluster, or None."""
 
     def run(self) -> History:
         """Simulate, or go on where a checkpoint is."""
@@ -74,7 +77,7 @@ class Prepared:
                 sink.restore(saved.appended, saved.state, saved.progress["record"])
             job = Job(xp, system, self.load, pieces, self.recorded, host, plan, self.title)
             if not sink.is_complete:
-                run(job, sink, kept, here)
+                run(job, sink, kept, here if self.client is None else there(self.client))
             found, finals = sink.results(xp, system.names, self.ensemble.batch)
         count = sum(name.startswith("weights_") for name in finals)
         return self.leave(found, tuple(finals[f"weights_{i + 1}"] for i in range(count)), finals)

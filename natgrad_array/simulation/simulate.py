@@ -9,6 +9,7 @@ from typing import Any
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.deep_linear.products import Weights, regime
 from natgrad_array.deep_linear.task import GaussianTask
+from natgrad_array.simulation.cluster import PIECES_PER_THREAD, check_client, threads, worker_budget
 from natgrad_array.simulation.deep_linear import Rule
 from natgrad_array.simulation.ensemble import Constructor, Ensemble
 from natgrad_array.simulation.fingerprint import attributes, fingerprint
@@ -51,6 +52,7 @@ def simulate(
     store: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_interval: float = 10.0,
+    client: Any = None,
 ) -> History:
     r"""Simulate how an ensemble of deep linear networks learns.
 
@@ -120,6 +122,11 @@ def simulate(
         run goes on from it, and one that has ended is returned.
     checkpoint_interval : float
         Seconds between two checkpoints; the clock is looked at between records.
+    client : dask.distributed.Client, optional
+        Of a cluster whose workers simulate the pieces, which are then many enough to keep all
+        of them busy; `max_bytes` is the memory for one thread of a worker. A piece whose
+        worker dies is given to another. Checkpoints keep pieces that have ended. Needs the
+        extra "dask", on workers too.
 
     Returns
     -------
@@ -133,6 +140,8 @@ def simulate(
         memory or on the disk. Nothing has run then.
     FileExistsError
         If there is something at `store` that this run has not begun.
+    ConnectionError
+        If the cluster of `client` is gone; checkpoint and store keep the pieces that have ended.
     simulation.CheckpointError
         If the checkpoint is another run's, in use, damaged, or cannot be written.
 
@@ -179,6 +188,7 @@ def simulate(
         store=store,
         checkpoint=checkpoint,
         checkpoint_interval=checkpoint_interval,
+        client=client,
     ).run()
 
 
@@ -205,6 +215,7 @@ def prepare(
     store: Any,
     checkpoint: Any,
     checkpoint_interval: Any,
+    client: Any,
 ) -> Prepared:
     """Check all arguments of `simulate`."""
     options = {
@@ -221,10 +232,14 @@ def prepare(
     key = check_rng(ensemble, rng)
     shapes = record_shapes(ensemble, system)
     each = sizes_of(ensemble, system, shapes)
-    budget = budget_of(max_bytes, ensemble.like)
+    budget, pieces = budget_of(max_bytes, ensemble.like), 0
+    if client is not None:
+        check_client(client)
+        pieces = PIECES_PER_THREAD * threads(client)
+        budget = worker_budget(client, budget) if max_bytes is None else budget
     path = None if store is None else os.fspath(store)
     check_results_fit(each, ensemble, len(recorded), path)
-    plan = make_plan(each, ensemble, system, len(recorded), budget)
+    plan = make_plan(each, ensemble, system, len(recorded), budget, pieces)
     interval = check_interval(checkpoint_interval)
     title = check_progress(progress)
 
@@ -259,4 +274,5 @@ def prepare(
         checkpoint,
         interval,
         title,
+        client,
     )
