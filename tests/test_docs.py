@@ -15,7 +15,7 @@ import natgrad_array as ng
 from natgrad_array import _support
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 QUICK_START = (
     'python -m pip install ".[demo]" && natgrad-array demo',
     'python -m pip install ".[test]" && python -m pytest',
