@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import array_api_compat as compat
 import array_api_extra as xpx
@@ -1031,6 +1031,8 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
     """
     if isinstance(rng, bool) or rng is None:
         raise TypeError(f"rng must be a generator, a key, an integer seed or an array of noise, got {describe(rng)}")
+    if isinstance(rng, MemberNoise):
+        return rng.draw(shape, xp, like)
     rng = _from_seed(rng)
     if isinstance(rng, np.random.Generator):
         if is_lazy(like):
@@ -1136,6 +1138,34 @@ def counted_normal(key: Any, stream: int, step: Any, members: Array, size: int, 
     radius, angle = np.sqrt(-2.0 * np.log(uniform[:, 0])), 2.0 * math.pi * uniform[:, 1]
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return asarray_like(xp, normal[:, :size], like)
+
+
+class MemberNoise(NamedTuple):
+    """A source of randomness for `standard_normal` where members are the second axis: `counted_normal` for each.
+
+    What a member draws does not depend on the members beside it.
+    """
+
+    key: Any
+    stream: int
+    step: Any
+    members: Any
+
+    def draw(self, shape: Shape, xp: Namespace, like: Array) -> Array:
+        """N(0, 1) variables of a shape (draws, members, ...)."""
+        draws, members, *core = shape
+        size = draws * math.prod(core)
+        noise = counted_normal(self.key, self.stream, self.step, self.members, size, xp, like)
+        return xp.moveaxis(xp.reshape(noise, (members, draws, *core)), 0, 1)
+
+
+def counted_permutation(key: Any, stream: int, round_: Any, size: int, xp: Namespace, like: Array) -> Array:
+    """A random order of `size` things that depends on nothing but the key and the round."""
+    if is_jax(like):
+        random = sys.modules["jax"].random
+        return random.permutation(random.fold_in(random.fold_in(key, stream), round_), size)
+    bits = np.random.Philox(key=np.asarray(key, np.uint64), counter=np.asarray([0, 0, round_, stream], np.uint64))
+    return xp.asarray(np.random.Generator(bits).permutation(size), device=device(like))
 
 
 def key_data(key: Any) -> np.ndarray[Any, Any]:

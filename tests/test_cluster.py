@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -19,11 +18,10 @@ from test_simulation import random_network, random_task
 from test_simulation_files import Terminal, assert_same
 
 import natgrad_array as ng
-from natgrad_array.simulation import CheckpointError, cluster, run
+from natgrad_array.simulation import CheckpointError, cluster, prepared, run
 from natgrad_array.simulation.memory import Plan
 from natgrad_array.simulation.sinks import Memory
 
-SIMULATE = importlib.import_module("natgrad_array.simulation.simulate")
 WEIGHTS, TASK = random_network((3, 5, 3), (4, 6)), random_task(3, 3)
 OPTIONS: dict[str, Any] = {
     "learning_rate": np.linspace(0.01, 0.2, 4)[:, None],
@@ -49,7 +47,7 @@ def client() -> Iterator[distributed.Client]:
 @pytest.fixture(autouse=True)
 def by_threes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same eight pieces everywhere."""
-    monkeypatch.setattr(SIMULATE, "make_plan", lambda *_: Plan(3, 15))
+    monkeypatch.setattr(prepared, "make_plan", lambda *_: Plan(3, 15))
 
 
 def noted(folder: Path, start: int, stop: int) -> tuple[np.ndarray, ...]:
@@ -87,12 +85,23 @@ def test_the_same_bits_as_without_a_cluster(backend: Backend, client: distribute
         assert found.loss.flags.writeable
 
 
+def test_training_on_a_cluster(client: distributed.Client) -> None:
+    """With draws from the model and minibatches that follow the members wherever they are."""
+    x = np.random.default_rng(0).standard_normal((40, 3))
+    net = ng.networks.MLP((3, 4, 2))
+    params, samples = net.init(0, (4, 6), like=x), (x, np.sin(x[:, :2]))
+    optimizer = ng.optimizers.kfac(damping=np.asarray([0.1, 0.5, 1.0, 2.0])[:, None])
+    options: dict[str, Any] = {"optimizer": optimizer, "steps": 8, "batch_size": 10, "rng": 2}
+    wanted = ng.simulation.simulate_training(net, params, samples, **options)
+    assert_same(ng.simulation.simulate_training(net, params, samples, client=client, **options), wanted, bitwise=True)
+
+
 def test_an_ensemble_is_cut_for_its_workers(client: distributed.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into four pieces for each thread, or more if the budget asks for more; the digits stay."""
     monkeypatch.undo()
     plans = []
-    real = SIMULATE.make_plan
-    monkeypatch.setattr(SIMULATE, "make_plan", lambda *a: plans.append(real(*a)) or plans[-1])
+    real = prepared.make_plan
+    monkeypatch.setattr(prepared, "make_plan", lambda *a: plans.append(real(*a)) or plans[-1])
     wanted = ng.simulate(WEIGHTS, TASK, **OPTIONS)
     assert_same(ng.simulate(WEIGHTS, TASK, client=client, **OPTIONS), wanted, bitwise=False)
     ng.simulate(WEIGHTS, TASK, client=client, max_bytes=12_000, **OPTIONS)

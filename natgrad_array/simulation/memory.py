@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.simulation.deep_linear import DeepLinear
-from natgrad_array.simulation.ensemble import Ensemble
+from natgrad_array.simulation.ensemble import Ensemble, Members
+from natgrad_array.simulation.state import System
 
 
 class Sizes(NamedTuple):
@@ -64,7 +65,7 @@ SENT_BYTES = 2**27
 
 
 def make_plan(
-    each: Sizes, ensemble: Ensemble, system: DeepLinear, recorded: int, budget: int | None, pieces: int = 0
+    each: Sizes, ensemble: Members, system: System, recorded: int, budget: int | None, pieces: int = 0
 ) -> Plan:
     """The largest pieces that fit in a budget; at least so many, if they are to be sent to workers.
 
@@ -88,7 +89,8 @@ def make_plan(
         return Plan(most, capacity)
     lasting = 4 * each.weights + 3 * capacity * each.record + each.task + (2 * recorded * each.record if pieces else 0)
     members = budget // (lasting + each.scratch)
-    if system.cuts_to_cache(ensemble.like, ensemble.widths):
+    sides = tuple(side for core in ensemble.cores for side in core)
+    if system.cuts_to_cache(ensemble.like, sides):
         working = _arrays.usable_threads() * max(1, _arrays.PIECE_BYTES // each.largest)
         members = max(members, (budget - working * each.scratch) // lasting)
     if members < 1:
@@ -99,7 +101,7 @@ def make_plan(
     return Plan(min(int(members), most) if pieces else int(members), capacity)
 
 
-def check_results_fit(each: Sizes, ensemble: Ensemble, recorded: int, store: str | None) -> None:
+def check_results_fit(each: Sizes, ensemble: Members, recorded: int, store: str | None) -> None:
     """Refuse what would not fit in memory, or on the disk where results go there, before anything runs.
 
     Raises

@@ -9,12 +9,11 @@ from typing import Any
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.deep_linear.products import Weights, regime
 from natgrad_array.deep_linear.task import GaussianTask
-from natgrad_array.simulation.cluster import PIECES_PER_THREAD, check_client, threads, worker_budget
 from natgrad_array.simulation.deep_linear import Rule
 from natgrad_array.simulation.ensemble import Constructor, Ensemble
 from natgrad_array.simulation.fingerprint import attributes, fingerprint
 from natgrad_array.simulation.history import RESERVED, History, check_axes
-from natgrad_array.simulation.memory import budget_of, check_results_fit, make_plan, sizes_of
+from natgrad_array.simulation.memory import check_results_fit, sizes_of
 from natgrad_array.simulation.observables import check_records, target_modes
 from natgrad_array.simulation.options import (
     Loader,
@@ -24,7 +23,7 @@ from natgrad_array.simulation.options import (
     final_shapes,
     record_shapes,
 )
-from natgrad_array.simulation.prepared import Prepared
+from natgrad_array.simulation.prepared import Prepared, plan_of
 from natgrad_array.simulation.progress import check_progress
 from natgrad_array.simulation.schedule import check_count, schedule
 
@@ -232,14 +231,9 @@ def prepare(
     key = check_rng(ensemble, rng)
     shapes = record_shapes(ensemble, system)
     each = sizes_of(ensemble, system, shapes)
-    budget, pieces = budget_of(max_bytes, ensemble.like), 0
-    if client is not None:
-        check_client(client)
-        pieces = PIECES_PER_THREAD * threads(client)
-        budget = worker_budget(client, budget) if max_bytes is None else budget
     path = None if store is None else os.fspath(store)
+    plan = plan_of(each, ensemble, system, len(recorded), max_bytes, client)
     check_results_fit(each, ensemble, len(recorded), path)
-    plan = make_plan(each, ensemble, system, len(recorded), budget, pieces)
     interval = check_interval(checkpoint_interval)
     title = check_progress(progress)
 
