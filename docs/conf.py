@@ -25,6 +25,7 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
     "natgrad_docs",
+    "natgrad_dashboards",
 ]
 exclude_patterns = ["_build", "gallery", "notebooks"]
 templates_path = ["_templates"]
