@@ -288,7 +288,7 @@ class Moments(NamedTuple):
     >>> import natgrad_array as ng
     >>> x = np.asarray([[1.0, 0.0], [3.0, 4.0], [5.0, 2.0]])
     >>> moments = ng.Moments.empty(2, like=x)
-    >>> for chunk in (x[:2], x[2:]):
+    >>> for chunk in (x[:2, :], x[2:, :]):
     ...     moments = moments.merge(ng.Moments.from_samples(chunk))
     >>> moments.mean
     array([3., 2.])
