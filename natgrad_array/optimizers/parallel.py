@@ -43,6 +43,35 @@ class ParallelState(NamedTuple):
     waiting: Any
 
 
+class _Team(NamedTuple):
+    """The workers of a cluster: one for inverses, and the others, if there are any, for the rest."""
+
+    client: Any
+    inverter: list[str]
+    others: list[str]
+
+    @classmethod
+    def of(cls, client: Any) -> _Team:
+        """Those that are there now."""
+        workers = sorted(client.nthreads())
+        return cls(client, workers[:1], workers[1:] or workers)
+
+    def invert(self, *arguments: Any) -> Any:
+        """Have an inverse made; those that work are asked where the one for it is gone."""
+        return submit(self.client, _invert, *arguments, workers=self.inverter or None, allow_other_workers=True)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Have something else done."""
+        return submit(self.client, function, *arguments, workers=self.others or None, allow_other_workers=True)
+
+    def sum(self, parts: list[Any]) -> Any:
+        """Add up by a tree, and bring the sum here."""
+        while len(parts) > 1:
+            groups = [parts[k : k + _FAN_IN] for k in range(0, len(parts), _FAN_IN)]
+            parts = [self.call(_total, group) for group in groups]
+        return parts[0].result()
+
+
 @dataclass(frozen=True)
 class DataParallel:
     """An optimizer whose batches are spread over the workers of a Dask cluster.
@@ -178,17 +207,25 @@ class DataParallel:
         _, given = _check(net, params)
         _check_state(state.optimizer)
         check_client(self.client)
-        cuts = self._cuts(net, x, y)
+        team = _Team.of(self.client)
+        cuts = self._cuts(net, x, y, len(team.others))
         noise = self._noise(net, given, x, cuts[-1], rng)
         try:
-            return self._step(net, given, state, self._shards(net, x, y, cuts), noise, cuts)
+            return self._step(team, net, given, state, self._shards(net, x, y, cuts), noise, cuts)
         except Exception as error:
             if self.client.status == "running":
                 raise
             raise ConnectionError("the cluster of the client is gone; params and state are as they were") from error
 
     def _step(
-        self, net: Network, given: Tangent, state: ParallelState, shards: list[Any], noise: Any, cuts: list[int]
+        self,
+        team: _Team,
+        net: Network,
+        given: Tangent,
+        state: ParallelState,
+        shards: list[Any],
+        noise: Any,
+        cuts: list[int],
     ) -> tuple[Tangent, ParallelState, StepInfo]:
         opt, before = self.optimizer, state.optimizer
         params = keep(self.client, given)
@@ -196,8 +233,8 @@ class DataParallel:
         looks = []
         for (x, y), cut in zip(shards, itertools.pairwise(cuts), strict=True):
             part = None if noise is None else _samples_of(noise, *cut, axis)
-            looks.append(self._submit(_look, opt, net, params, x, y, part))
-        total = self._sum(looks).result()
+            looks.append(team.call(_look, opt, net, params, x, y, part))
+        total = team.sum(looks)
         count = cuts[-1]
         loss, gradient, sums = _mapped(lambda a: a / count, total)
         at = opt._context(net, given, None, None, gradient, before)
@@ -207,7 +244,7 @@ class DataParallel:
             moments = opt._averaged(before, at, sums)
             if state.steps % opt.refresh == 0:
                 bare = at._replace(net=None, params=(), gradient=(), previous=())
-                future = self._submit(_invert, opt, prepared, moments, params, bare, own=True)
+                future = team.invert(opt, prepared, moments, params, bare)
                 waiting = (*waiting, (state.steps + self.staleness if state.steps else 0, future))
             ready = [future for step, future in waiting if step <= state.steps]
             waiting = tuple((step, future) for step, future in waiting if step > state.steps)
@@ -216,29 +253,15 @@ class DataParallel:
 
         def evaluate(new: Tangent) -> Array:
             moved = keep(self.client, new)
-            losses = [self._submit(_loss, net, moved, x, y) for x, y in shards]
-            return self._sum(losses).result()[0] / count
+            losses = [team.call(_loss, net, moved, x, y) for x, y in shards]
+            return team.sum(losses)[0] / count
 
         new, after, info = opt._advance(at, before, None, loss, evaluate, made)
         return new, ParallelState(after, state.steps + 1, prepared, waiting), info
 
-    # ---------------------------------------------------------------------- the cluster
-
-    def _submit(self, function: Callable[..., Any], *arguments: Any, own: bool = False) -> Any:
-        """Have a worker do something: the one for inverses, or one of the others."""
-        first, *others = sorted(self.client.nthreads())
-        workers = [first] if own or not others else others
-        return submit(self.client, function, *arguments, workers=workers, allow_other_workers=True)
-
-    def _sum(self, parts: list[Any]) -> Any:
-        while len(parts) > 1:
-            groups = [parts[k : k + _FAN_IN] for k in range(0, len(parts), _FAN_IN)]
-            parts = [self._submit(_total, group) for group in groups]
-        return parts[0]
-
     # --------------------------------------------------------------------------- shards
 
-    def _cuts(self, net: Network, x: Any, y: Any) -> list[int]:
+    def _cuts(self, net: Network, x: Any, y: Any, workers: int) -> list[int]:
         """Where shards begin, and how many samples there are."""
         axis = -len(net.layers[0].input_shape) - 1
         if not _arrays.is_dask(x):
@@ -246,7 +269,7 @@ class DataParallel:
             samples = x.shape[axis]
             if y.shape[_target_axis(net)] != samples:
                 raise ValueError(f"y must have the {samples} samples of x, got shape {tuple(y.shape)}")
-            shards = max(1, min(samples, len(self.client.nthreads()) - 1))
+            shards = max(1, min(samples, workers))
             return [samples * k // shards for k in range(shards + 1)]
         chunks = x.chunks[axis]
         same = _arrays.is_dask(y) and y.chunks[_target_axis(net)] == chunks
