@@ -43,33 +43,17 @@ class ParallelState(NamedTuple):
     waiting: Any
 
 
-class _Team(NamedTuple):
-    """The workers of a cluster: one for inverses, and the others, if there are any, for the rest."""
+class _Shard(NamedTuple):
+    """Futures of inputs and targets, and where they are worked on."""
 
-    client: Any
-    inverter: list[str]
-    others: list[str]
+    x: Any
+    y: Any
+    where: dict[str, Any]
 
-    @classmethod
-    def of(cls, client: Any) -> _Team:
-        """Those that are there now."""
-        workers = sorted(client.nthreads())
-        return cls(client, workers[:1], workers[1:] or workers)
 
-    def invert(self, *arguments: Any) -> Any:
-        """Have an inverse made; those that work are asked where the one for it is gone."""
-        return submit(self.client, _invert, *arguments, workers=self.inverter or None, allow_other_workers=True)
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Have something else done."""
-        return submit(self.client, function, *arguments, workers=self.others or None, allow_other_workers=True)
-
-    def sum(self, parts: list[Any]) -> Any:
-        """Add up by a tree, and bring the sum here."""
-        while len(parts) > 1:
-            groups = [parts[k : k + _FAN_IN] for k in range(0, len(parts), _FAN_IN)]
-            parts = [self.call(_total, group) for group in groups]
-        return parts[0].result()
+def _near(worker: str) -> dict[str, Any]:
+    """Options for a task that belongs on a worker, or on others if that one is gone."""
+    return {"workers": [worker], "allow_other_workers": True} if worker else {}
 
 
 @dataclass(frozen=True)
@@ -207,11 +191,12 @@ class DataParallel:
         _, given = _check(net, params)
         _check_state(state.optimizer)
         check_client(self.client)
-        team = _Team.of(self.client)
-        cuts = self._cuts(net, x, y, len(team.others))
+        first, *others = sorted(self.client.nthreads()) or [""]
+        cuts = self._cuts(net, x, y, len(others))
         noise = self._noise(net, given, x, cuts[-1], rng)
         try:
-            return self._step(team, net, given, state, self._shards(net, x, y, cuts), noise, cuts)
+            shards = self._shards(net, x, y, cuts, others or [first])
+            return self._step(first, net, given, state, shards, noise, cuts)
         except Exception as error:
             if self.client.status == "running":
                 raise
@@ -219,11 +204,11 @@ class DataParallel:
 
     def _step(
         self,
-        team: _Team,
+        inverter: str,
         net: Network,
         given: Tangent,
         state: ParallelState,
-        shards: list[Any],
+        shards: list[_Shard],
         noise: Any,
         cuts: list[int],
     ) -> tuple[Tangent, ParallelState, StepInfo]:
@@ -231,10 +216,10 @@ class DataParallel:
         params = keep(self.client, given)
         axis = -2 if net.likelihood.name == "gaussian" else -3
         looks = []
-        for (x, y), cut in zip(shards, itertools.pairwise(cuts), strict=True):
+        for (x, y, where), cut in zip(shards, itertools.pairwise(cuts), strict=True):
             part = None if noise is None else _samples_of(noise, *cut, axis)
-            looks.append(team.call(_look, opt, net, params, x, y, part))
-        total = team.sum(looks)
+            looks.append(submit(self.client, _look, opt, net, params, x, y, part, **where))
+        total = self._sum(looks)
         count = cuts[-1]
         loss, gradient, sums = _mapped(lambda a: a / count, total)
         at = opt._context(net, given, None, None, gradient, before)
@@ -244,7 +229,7 @@ class DataParallel:
             moments = opt._averaged(before, at, sums)
             if state.steps % opt.refresh == 0:
                 bare = at._replace(net=None, params=(), gradient=(), previous=())
-                future = team.invert(opt, prepared, moments, params, bare)
+                future = submit(self.client, _invert, opt, prepared, moments, params, bare, **_near(inverter))
                 waiting = (*waiting, (state.steps + self.staleness if state.steps else 0, future))
             ready = [future for step, future in waiting if step <= state.steps]
             waiting = tuple((step, future) for step, future in waiting if step > state.steps)
@@ -253,11 +238,18 @@ class DataParallel:
 
         def evaluate(new: Tangent) -> Array:
             moved = keep(self.client, new)
-            losses = [team.call(_loss, net, moved, x, y) for x, y in shards]
-            return team.sum(losses)[0] / count
+            losses = [submit(self.client, _loss, net, moved, x, y, **where) for x, y, where in shards]
+            return self._sum(losses)[0] / count
 
         new, after, info = opt._advance(at, before, None, loss, evaluate, made)
         return new, ParallelState(after, state.steps + 1, prepared, waiting), info
+
+    def _sum(self, parts: list[Any]) -> Any:
+        """Add up by a tree, and bring the sum here."""
+        while len(parts) > 1:
+            groups = [parts[k : k + _FAN_IN] for k in range(0, len(parts), _FAN_IN)]
+            parts = [submit(self.client, _total, group) for group in groups]
+        return parts[0].result()
 
     # --------------------------------------------------------------------------- shards
 
@@ -277,14 +269,15 @@ class DataParallel:
             raise ValueError("x and y must be Dask arrays in the same chunks of samples, and whole along other axes")
         return [0, *itertools.accumulate(int(n) for n in chunks)]
 
-    def _shards(self, net: Network, x: Any, y: Any, cuts: list[int]) -> list[tuple[Any, Any]]:
+    def _shards(self, net: Network, x: Any, y: Any, cuts: list[int], workers: list[str]) -> list[_Shard]:
         if _arrays.is_dask(x):
-            blocks = [list(array.to_delayed().ravel()) for array in (x, y)]
-            return list(zip(*(self.client.compute(part) for part in blocks), strict=True))
+            blocks = [self.client.compute(list(array.to_delayed().ravel())) for array in (x, y)]
+            return [_Shard(a, b, {}) for a, b in zip(*blocks, strict=True)]
         found, axis = [], -len(net.layers[0].input_shape) - 1
-        for cut in itertools.pairwise(cuts):
-            pair = _samples_of(x, *cut, axis), _samples_of(y, *cut, _target_axis(net))
-            found.append(tuple(keep(self.client, array) for array in pair))
+        for cut, worker in zip(itertools.pairwise(cuts), itertools.cycle(workers), strict=False):
+            where = _near(worker)
+            inputs = keep(self.client, _samples_of(x, *cut, axis), **where)
+            found.append(_Shard(inputs, keep(self.client, _samples_of(y, *cut, _target_axis(net)), **where), where))
         return found
 
     def _noise(self, net: Network, params: Tangent, x: Any, samples: int, rng: Any) -> Array | None:
