@@ -8,6 +8,8 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "docs" / "_ext")]
 
+import natgrad_figures
+
 import natgrad_array
 
 project_table = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -41,6 +43,11 @@ autodoc_typehints = "none"
 # Adapters are documented on machines without their libraries too.
 autodoc_mock_imports = [name for name in ("jax", "optax", "torch") if importlib.util.find_spec(name) is None]
 numpydoc_show_class_members = False
+
+# The introduction is a notebook, and a page of the gallery.
+(root / "docs" / "gallery" / "plot_introduction.py").write_text(
+    natgrad_figures.script(root / "docs" / "notebooks" / "introduction.ipynb"), encoding="utf-8"
+)
 
 # Scripts are run when the site is built; one that fails fails the build.
 sphinx_gallery_conf = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def scraper(block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any]
 
 #: The order of the gallery: what to see first comes first.
 ORDER = (
+    "introduction",
     "one_line",
     "regimes",
     "family",
@@ -119,3 +121,20 @@ class Order:
 
     def __call__(self, name: str) -> int:
         return ORDER.index(name.removeprefix("plot_").removesuffix(".py"))
+
+
+def script(notebook: Path) -> str:
+    """A notebook as a script of the gallery: what is Markdown there is reStructuredText here."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    parts = []
+    for k, cell in enumerate(cells):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            parts.append(f"# %%\n\n{text}")
+            continue
+        text = re.sub(r"`([^`]+)`", r"``\1``", text)
+        text = re.sub(r"\$([^$]+)\$", r":math:`\1`", text)
+        rule = "-" if k else "="
+        text = re.sub(r"^#+ (.*)$", rf"\1\n{120 * rule}", text, flags=re.MULTILINE)
+        parts.append(f'r"""\n{text}\n"""' if k == 0 else "# %%\n" + re.sub(r"^", "# ", text, flags=re.MULTILINE))
+    return "\n\n".join(parts) + "\n"
