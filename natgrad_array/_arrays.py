@@ -345,6 +345,11 @@ def is_cupy(array: Array) -> bool:
     return not is_numpy(array) and bool(compat.is_cupy_array(array))
 
 
+def is_dask(array: Array) -> bool:
+    """Whether it is a Dask array."""
+    return not is_numpy(array) and bool(compat.is_dask_array(array))
+
+
 def is_lazy(array: Array) -> bool:
     """Whether values cannot be looked at: a JAX tracer or a Dask array."""
     if is_numpy(array):
@@ -360,7 +365,7 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
         return np.asarray(array.get())
     if is_torch(array):
         return np.asarray(array.detach().cpu().numpy())
-    if compat.is_dask_array(array):
+    if is_dask(array):
         return np.asarray(array.compute())
     if type(array).__module__.startswith("array_api_strict"):
         strict = sys.modules["array_api_strict"]
@@ -449,6 +454,60 @@ def sum_rows(xp: Namespace, x: Array) -> Array:
     if is_jax(x):
         return xp.sum(x, axis=-2, keepdims=True)
     return xp.ones((1, x.shape[-2]), dtype=x.dtype, device=device(x)) @ x
+
+
+def reduce_blocks(
+    x: Array,
+    weights: Array | None,
+    rows: int,
+    of: Callable[[Array, Array | None], Array],
+    merge: Callable[[Array, Array], Array],
+) -> Array:
+    """Look at every block of samples of a Dask array once, and merge what was seen by a tree.
+
+    Parameters
+    ----------
+    x : Dask array, shape (*batch, n, p)
+        In any chunks, of any library; features are brought into one.
+    weights : Dask array, shape (*batch, n), or None
+        Batch axes broadcast.
+    rows : int
+        Of what a block leaves.
+    of : callable
+        Takes a block, (*batch, n_k, p), and its weights, (*batch, n_k), as arrays of the
+        blocks' own library, and returns an array (*batch, rows, p).
+    merge : callable
+        Takes two of these and returns one.
+
+    Returns
+    -------
+    Dask array, shape (*batch, rows, p)
+        Not computed yet.
+    """
+    da, given = sys.modules["dask.array"], None
+    if weights is not None:
+        batch = np.broadcast_shapes(x.shape[:-2], weights.shape[:-1])
+        x, given = da.broadcast_to(x, (*batch, *x.shape[-2:])), weights[..., None]
+
+    def chunk(block: Array, weights: Array | None = None, **_: Any) -> Array:
+        return of(block, None if weights is None else weights[..., 0])
+
+    def combine(parts: Any, **_: Any) -> Array:
+        return functools.reduce(merge, parts) if isinstance(parts, list) else parts
+
+    return da.reduction(
+        x.rechunk({x.ndim - 1: -1}),
+        chunk,
+        combine,
+        combine=combine,
+        axis=x.ndim - 2,
+        keepdims=True,
+        output_size=rows,
+        concatenate=False,
+        dtype=x.dtype,
+        meta=x._meta,
+        weights=given,
+    )
 
 
 def add_to_diagonal(xp: Namespace, a: Array, values: float | Array) -> Array:

@@ -297,6 +297,23 @@ def deadly(marker: str, caller: int, weights: Any, task: Any) -> Any:
     return weights[0][:, 0, 0]
 
 
+def steps_with_a_killed_worker(client: distributed.Client) -> None:
+    """Data-parallel steps go on as they would have."""
+    net, opt = ng.networks.MLP((3, 4, 2)), ng.optimizers.bounded_kfac()
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((40, 3)), rng.standard_normal((40, 2))
+    alone = spread = net.init(0, like=x)
+    parallel = ng.optimizers.DataParallel(opt, client)
+    state, shared = opt.init(net, alone), parallel.init(net, spread)
+    for step in range(3):
+        if step == 1:
+            os.kill(max(client.run(os.getpid).values()), signal.SIGKILL)
+        alone, state, _ = opt.step(net, alone, state, x, y)
+        spread, shared, _ = parallel.step(net, spread, shared, x, y)
+    for a, b in zip(spread, alone, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
 def test_workers_that_are_killed(tmp_path: Path) -> None:
     """One of two processes dies in the middle of a piece, and then whoever takes a certain piece."""
@@ -307,6 +324,7 @@ def test_workers_that_are_killed(tmp_path: Path) -> None:
         found = ng.simulate(WEIGHTS, TASK, client=client, **options)
         assert marker.exists()
         assert_same(found, ng.simulate(WEIGHTS, TASK, **options), bitwise=True)
+        steps_with_a_killed_worker(client)
         client.cluster.scheduler.allowed_failures = 0
         options["record"] = functools.partial(deadly, "", os.getpid())
         options["record"].__name__ = "mine"

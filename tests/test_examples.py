@@ -38,7 +38,7 @@ def test_the_teachers_own_loss_is_the_floor() -> None:
 
 
 def test_modes_are_those_of_the_closed_forms(tmp_path: Path) -> None:
-    """Natural gradient flow at every depth; gradient flow of one layer and of two, an exponential and a logistic curve."""
+    """Natural gradient flow at every depth; gradient flow of one layer and of two: straight, and logistic."""
     load("modes").main(["--quick", "--out", str(tmp_path)])
     with np.load(tmp_path / "modes.npz") as kept:
         times, modes, depths = kept["times"][:, None, None, None], kept["modes"], kept["depths"].tolist()

@@ -12,6 +12,7 @@ import numpy as np
 
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array
+from natgrad_array._client import keep, submit
 from natgrad_array.simulation.ensemble import Piece
 from natgrad_array.simulation.fingerprint import dtype_name
 from natgrad_array.simulation.progress import Bar
@@ -29,25 +30,6 @@ _AHEAD = 2
 
 Parcel = tuple[Seen, dict[str, np.ndarray[Any, Any]]]
 """All records of a piece, and what it leaves, as NumPy arrays."""
-
-
-def check_client(client: Any) -> None:
-    """Refuse what is no client of a running cluster.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is not a client, or one for asynchronous code.
-    ConnectionError
-        If it has no cluster.
-    """
-    distributed = sys.modules.get("distributed")
-    if distributed is None or not isinstance(client, distributed.Client):
-        raise TypeError(f"client must be a dask.distributed.Client, got {_arrays.describe(client)}")
-    if client.asynchronous:
-        raise ValueError("client must not be asynchronous: a simulation waits for its results")
-    if client.status != "running":
-        raise ConnectionError(f"client must be connected to a running cluster, its status is {client.status!r}")
 
 
 def threads(client: Any) -> int:
@@ -93,8 +75,7 @@ class _Watch:
         self.running: dict[Any, tuple[int, int]] = {}
         self.is_taking = False
         self.dtype = dtype_name(job.load.ensemble.like)
-        # A task, not scattered data: a worker that dies takes nothing along that cannot be made again.
-        self.shared = client.submit(_same, job._replace(load=job.load.sent(), title=None), pure=False)
+        self.shared = keep(client, job._replace(load=job.load.sent(), title=None))
 
     def go(self, todo: Iterable[int]) -> None:
         """Have pieces simulated, and hand them on in the order in which they end."""
@@ -121,9 +102,8 @@ class _Watch:
         load, piece = self.job.load, self.job.pieces[index]
         layers = None if load.ensemble.constructor is not None else load.ensemble.layers(piece.start, piece.stop)
         begun = self.ledger.take_begun(index)
-        future = self._asked(
-            lambda: self.client.submit(simulate_piece, self.shared, index, layers, begun, self.dtype, pure=False)
-        )
+        arguments = self.shared, index, layers, begun, self.dtype
+        future = self._asked(lambda: submit(self.client, simulate_piece, *arguments))
         self.running[future] = (index, 0 if begun is None else begun.record)
 
     def _some(self) -> Iterable[Any]:
@@ -183,10 +163,6 @@ class _Watch:
         if self.ledger.checkpoint is None:
             return f"{done}; with a checkpoint they would not have to be made again"
         return f"{done} and are in the checkpoint: the same call goes on from there, with another client or without one"
-
-
-def _same(job: Job) -> Job:
-    return job
 
 
 class _Parcel(Memory):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from natgrad_array._arrays import Array, Shape
+from natgrad_array._client import check_client
 from natgrad_array.simulation.checkpoint import Checkpoint
-from natgrad_array.simulation.cluster import PIECES_PER_THREAD, check_client, there, threads, worker_budget
+from natgrad_array.simulation.cluster import PIECES_PER_THREAD, there, threads, worker_budget
 from natgrad_array.simulation.ensemble import Members, cut
 from natgrad_array.simulation.fingerprint import digest, dtype_name
 from natgrad_array.simulation.history import Axes, History
