@@ -243,6 +243,18 @@ def test_whitening_without_damping_leaves_dead_inputs_alone() -> None:
     np.testing.assert_array_equal(found[0][:, 2], params[0][:, 2])
 
 
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_new_whitening_changes_no_parameter(damping: float) -> None:
+    """Bit for bit, with inputs of rank one too: a step of length zero is none, whatever is whitened."""
+    net, params, x, y = case("MLP tanh gaussian")
+    optimizer = opts.prong(learning_rate=0.0, damping=damping, refresh=1)
+    state, found = optimizer.init(net, params), params
+    for scale in (1.0, 0.0, 100.0):
+        found, state, _ = optimizer.step(net, found, state, scale * x[:, :1] + 0.0 * x, y)
+    for a, b in zip(found, params, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("mean", [0.0, 1.0, 1e2, 1e4])
 def test_whitening_tells_rounding_from_variance(mean: float) -> None:
     """Inputs far from zero, one of them constant and one a sum of others, without damping."""
