@@ -393,6 +393,30 @@ def test_a_rejected_step_is_not_made_and_costs_its_neighbours_nothing() -> None:
     assert state.damping[1] > 1.0
 
 
+def test_between_changes_of_the_damping_a_part_of_the_batch_is_enough() -> None:
+    """Where its loss falls; in members where it does not, and in every third step, the whole batch is asked."""
+    net, params, x, y = problem()
+    policy = opts.LevenbergMarquardt(1.0, every=3, reject=True, share=0.25)
+    optimizer = opts.Optimizer(
+        scaling=opts.Fixed(np.asarray([1e-3, 1e4, 1e-3, np.nan])), damping=policy, weight_decay=0.01
+    )
+    state = optimizer.init(net, params)
+    for count in range(3):
+        moved = tuple(
+            w - optimizer.scaling.learning_rate[:, None, None] * (g + 0.01 * w)
+            for w, g in zip(params, net.gradient(params, x, y), strict=True)
+        )
+        before, after, part, later = (
+            net.loss(w, x[:k], y[:k]) + 0.005 * sum(np.sum(v**2, axis=(1, 2)) for v in w)
+            for w, k in ((params, 20), (moved, 20), (params, 5), (moved, 5))
+        )
+        params, state, info = optimizer.step(net, params, state, x, y)
+        np.testing.assert_array_equal(info.accepted, [True, False, True, False])
+        wanted = np.where((later <= part) & (count < 2), before + later - part, after)
+        np.testing.assert_allclose(info.new_loss, wanted, rtol=1e-9)
+        assert not np.allclose((before + later - part)[[0, 2]], after[[0, 2]], rtol=1e-9)
+
+
 @pytest.mark.parametrize("momentum", [False, True])
 def test_the_searched_gamma_is_the_best_of_three(momentum: bool) -> None:
     """Each candidate's step by dense matrices: its inverse, the system of the quadratic model, the model's value."""
