@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import Backend
+from backends import Backend, compiled_if_jax
 from network_reference import apply, case, losses, on, relative, stack
 from test_optimizers import context
 
@@ -286,8 +286,9 @@ def _padded(inner: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_saliencies_and_corrections_are_those_of_the_dense_inverse(backend: Backend, damping: float) -> None:
-    if backend.lazy or not backend.float64:
-        pytest.skip("values are compared one by one here")
+    compiled_if_jax(backend)
+    if not backend.float64:
+        pytest.skip("compared to the last digits")
     net, params, x, y = case("MLP tanh gaussian")
     estimate = opts.ExactDirections()
     factors = estimate.factors(estimate.observe(net, params, net.forward(params, x), y, None))
@@ -297,10 +298,10 @@ def test_saliencies_and_corrections_are_those_of_the_dense_inverse(backend: Back
         inverses.append(np.linalg.pinv(np.kron(a, g), rcond=1e-11))
         wanted.append(0.5 * w.T.reshape(-1) ** 2 / np.diag(inverses[-1]))
     moved, given, inputs, _ = on(backend, case("MLP tanh gaussian"))
-    found = opts.saliencies(moved, given, inputs, damping=damping)
+    found = backend.call(opts.saliencies, moved, given, inputs, damping=damping)
     for a, b in zip(found, wanted, strict=True):
         assert relative(backend.to_numpy(a).T.reshape(-1), b) <= 1e-6
-    removed = opts.prune(moved, given, inputs, damping=damping)
+    removed = backend.call(opts.prune, moved, given, inputs, damping=damping)
     i, row, column = (int(part) for part in removed[2:5])
     w = params[i]
     q = column * w.shape[0] + row
@@ -428,6 +429,7 @@ def test_pruned_parameters_stay_at_zero_until_nothing_is_left(kind: str, damping
 
 def test_masks_of_members_are_their_own(backend: Backend) -> None:
     """A stack with three masks, a NaN among its members, against each alone; nothing changes elsewhere."""
+    compiled_if_jax(backend)
     net = MLP((3, 4, 2))
     rng = np.random.default_rng(0)
     x = rng.standard_normal((30, 3))

@@ -55,7 +55,7 @@ class StepInfo(NamedTuple):
     damping : array, shape (*batch,)
         Of this step.
     ratio : array, shape (*batch,), or None
-        Actual over predicted reduction of the loss.
+        Actual over predicted reduction of the loss, the actual one as in `new_loss`.
     accepted : array of bool, shape (*batch,), or None
         Whether the step was made.
     ranks : tuple of pairs of arrays, shapes (*batch,)
