@@ -15,7 +15,7 @@ import natgrad_array as ng
 from natgrad_array import deep_linear as dl
 from natgrad_array import linalg
 from natgrad_array.deep_linear import layerwise as ladder
-from natgrad_array.deep_linear import square
+from natgrad_array.deep_linear import square, waist
 from natgrad_array.deep_linear.duals import chains, duals, routes, thin
 from natgrad_array.deep_linear.products import products
 
@@ -25,6 +25,8 @@ SIZES = [
     (6, 5, 4, 3),
     (3, 4, 5, 6),
     (8, 3, 8),
+    (8, 3, 3, 3, 6),
+    (4, 4, 4, 6),
     (8, 6, 3, 6, 8),
     (8, 6, 3, 7, 3, 8),
     (8, 6, 3, 3, 7, 8),
@@ -170,7 +172,7 @@ def test_the_newton_step_undoes_the_squaring(wide: bool) -> None:
 # ---------------------------------------------------------------------------------- rungs
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 4), (6, 5, 4, 3), (8, 6, 3, 6, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (6, 5, 4, 3), (8, 6, 3, 6, 8), (8, 3, 3, 3, 6)], ids=str)
 def test_direction_on_every_library(backend: Backend, sizes: tuple[int, ...]) -> None:
     weights, given = network(sizes), moments(sizes[0], sizes[-1])
     task = ng.GaussianTask(*backend.asarrays(*given))
@@ -187,6 +189,8 @@ def test_every_rung_gives_the_same_direction(sizes: tuple[int, ...]) -> None:
     rungs = [ladder._by_gram_matrices, ladder._by_duals]
     if len(set(sizes)) == 1:
         rungs += [square.by_one_inverse, square.by_layer_inverses]
+    if waist.is_waisted(weights, task.factors):
+        rungs.append(waist.by_ends)
     for rung in rungs:
         (*found, excess), certified = rung(xp, weights, task.factors, scale, True)
         assert np.all(certified)
@@ -202,6 +206,23 @@ def excess_losses(weights: Any, given: tuple[np.ndarray, ...]) -> np.ndarray:
     moment, noise, cross, _ = given
     gap = functools.reduce(lambda product, layer: layer @ product, weights) - cross @ np.linalg.inv(moment)
     return 0.5 * np.trace(np.linalg.inv(noise) @ gap @ moment @ np.swapaxes(gap, -1, -2), axis1=-2, axis2=-1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank", "waisted"),
+    [
+        ((8, 3, 8), None, True),
+        ((8, 3, 3, 6), None, True),
+        ((4, 4, 4, 6), None, True),
+        ((8, 3, 3, 6), 2, False),
+        ((8, 6, 3, 8), None, False),
+        ((4, 5, 8), None, False),
+    ],
+    ids=str,
+)
+def test_one_width_between_wider_ends(sizes: tuple[int, ...], rank: int | None, waisted: bool) -> None:
+    task = ng.GaussianTask(*moments(sizes[0], sizes[-1], rank=rank))
+    assert waist.is_waisted(network(sizes), task.factors) is waisted
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -713,7 +713,8 @@ def test_precondition_broadcasts(
     batch = np.broadcast_shapes(*batches)
     full = [np.broadcast_to(a, (*batch, *a.shape[-2:])) for a in (grad, left, right)]
     expected = members(lambda *core: dense_precondition(*core, damping=damping), *full)
-    assert_close(actual, expected, 2e3 * epsilon(actual))
+    # Both moments have condition 30, the dense system that of the pair.
+    assert_close(actual, expected, 8 * 30**2 * epsilon(actual))
 
 
 @given(

@@ -157,7 +157,7 @@ def test_only_flagged_members_are_replaced(backend: Backend, flagged: list[int])
 
 
 def test_a_trace_computes_few_members_again() -> None:
-    """The three ways of the conditional: what they are given has no, 2 or all 40 members."""
+    """Nothing is computed for all 40 members at once: for 2 of them, or for 3 in each of 16 turns."""
     lengths = []
 
     def slow(x: Any) -> tuple[Any]:
@@ -166,4 +166,4 @@ def test_a_trace_computes_few_members_again() -> None:
 
     x = JAX_JIT.asarray(np.zeros((40, 3, 3)))
     JAX_JIT.call(lambda x: _arrays.repair(JAX_JIT.xp, x[:, 0, 0] > 0, (x,), (x,), slow), x)
-    assert sorted(lengths) == [2, 40]
+    assert set(lengths) == {2, 3}

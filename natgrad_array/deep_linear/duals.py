@@ -80,8 +80,8 @@ class Thin(NamedTuple):
         """(x⁺)ᵀ y."""
         m, n = self.x.shape[-2:]
         if m == n:
-            return self.core @ y
-        return self.core @ (self.x @ y) if m < n else self.x @ (self.core @ y)
+            return linalg.matmul(self.core, y)
+        return self.core @ linalg.matmul(self.x, y) if m < n else self.x @ linalg.matmul(self.core, y)
 
     def times_from_right(self, y: Array) -> Array:
         """Y x⁺."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
-from natgrad_array.deep_linear import square
+from natgrad_array.deep_linear import square, waist
 from natgrad_array.deep_linear.duals import Chain, chains, duals, full_roots, trusted
 from natgrad_array.deep_linear.products import half_square, products
 from natgrad_array.deep_linear.task import TaskFactors
@@ -30,6 +30,8 @@ def layerwise(
     if len(layers) == 1:
         return _by_duals(xp, layers, factors, scale, with_excess)[0]
     if not square.is_square(layers, factors):
+        if waist.is_waisted(layers, factors):
+            return _in_pieces(xp, layers, factors, scale, with_excess, [waist.by_ends, _by_duals])
         return _in_pieces(xp, layers, factors, scale, with_excess, [_by_gram_matrices, _by_duals])
     rungs: list[Rung] = [square.by_one_inverse, square.by_layer_inverses, _by_duals]
     found: Directions = _arrays.branch(

@@ -139,7 +139,9 @@ class Inverse:
         """
         return ()
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
         """Make something new of the moments.
 
         Parameters
@@ -148,8 +150,8 @@ class Inverse:
             What was made before.
         moments : tuple
             The averaged moments.
-        statistics : Statistics
-            What the estimate saw of this batch.
+        statistics : Statistics or None
+            What the estimate saw of this batch; None where only sums over it are known.
         estimate : Estimate
             It.
         at : Context
@@ -299,7 +301,9 @@ class MoorePenrose(ByFactors):
         ranks = tuple((w[..., 0, 0], None if none else w[..., 0, 0]) for w in params)
         return zero_blocks(params, estimate), ranks
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
         blocks = tuple(block.pinv(rtol=self.rtol) for block in moments)
         # The trace of A A⁺ is the rank of A.
         ranks = tuple(
@@ -331,7 +335,9 @@ def multiply(blocks: Any, gradient: Tangent) -> Tangent:
 class FactoredTikhonov(ByFactors):
     """(A + πγ 1)⁻¹ ⊗ (G + γ/π 1)⁻¹: each factor damped by its share, as in K-FAC; A⁺ ⊗ G⁺ without damping."""
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
         return tuple(block.damped_inverse(at.scalar) for block in moments)
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
@@ -346,12 +352,15 @@ class RootDamped(ByFactors):
     directions are worked on themselves, as a Gram matrix has their eigenvalues too.
     """
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
+        if statistics is None or estimate.average > 0.0:
+            # Only sums are known, not what is in them; an average is of more than this batch.
+            return tuple(root_damped(block, at.scalar) for block in moments)
         deltas = (None,) * len(moments) if statistics.deltas is None else statistics.deltas
         samples = (estimate.samples(rows, delta) for rows, delta in zip(statistics.rows, deltas, strict=True))
-        # An average is a moment of more than this batch.
-        given = ((None, None),) * len(moments) if estimate.average > 0.0 else samples
-        return tuple(root_damped(block, at.scalar, *sides) for block, sides in zip(moments, given, strict=True))
+        return tuple(root_damped(block, at.scalar, *sides) for block, sides in zip(moments, samples, strict=True))
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
         return multiply(prepared, at.gradient), prepared
@@ -405,7 +414,9 @@ class Tikhonov(ByFactors):
             for block, w in zip(zero_blocks(params, estimate), params, strict=True)
         )
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
         return tuple(KroneckerBasis.of(block, w.shape[-2]) for block, w in zip(moments, at.params, strict=True))
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
@@ -433,7 +444,10 @@ class RescaledEigenbasis(Tikhonov):
         if not 0.0 <= self.average < 1.0:
             raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
+        assert statistics is not None
         bases = super().refresh(prepared, moments, statistics, estimate, at)
         return self._rescaled(bases, statistics, 0.0)
 

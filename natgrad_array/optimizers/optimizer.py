@@ -320,15 +320,17 @@ class Optimizer:
         loss: Array | None,
         evaluate: Callable[[Tangent], Array] | None,
         glance: Callable[[Tangent, float], tuple[Array, Array]] | None = None,
+        elsewhere: tuple[Any, Any] | None = None,
     ) -> tuple[Tangent, OptimizerState, StepInfo]:
         """A step from what is known of a batch; without a loss the damping stays as it is.
 
-        `evaluate` gives the loss of the batch at new parameters, `glance` that of a part of
-        it before and after. The network in `at` needs no more than a likelihood and `tangent`: adapters to other
-        frameworks bring one of their own.
+        `evaluate` gives the loss of the batch at new parameters, `glance` that of a part of it
+        before and after. Moments and the inverse come from the statistics, or were made
+        elsewhere. The network in `at` needs no more than a likelihood and `tangent`: adapters
+        to other frameworks bring one of their own.
         """
         xp, loss = at.xp, None if loss is None else _penalised(at, loss, at.params)
-        moments, prepared = self._prepare(state, at, statistics)
+        moments, prepared = self._prepare(state, at, statistics) if elsewhere is None else elsewhere
         moments = moments if self.estimate.average > 0.0 else ()
         direction, prepared = self.inverse.apply(prepared, at)
         made = self.scaling.take(direction, state.previous, at)
@@ -444,14 +446,7 @@ class Optimizer:
         """The moments and the inverse that this step uses."""
         if statistics is None or not self.inverse.uses_statistics:
             return state.moments, state.prepared
-        average = self.estimate.average
-        moments = self.inverse.moments(statistics, self.estimate)
-        if average > 0.0 or self._keeps_prepared:
-            # What all members share has batch axes of its own from here on, as the state does.
-            moments = _spread(moments, self.inverse.start_moments(state.previous, self.estimate))
-        if average > 0.0:
-            kept = 1.0 - 1.0 / (state.count + 1.0)
-            moments = weighted(state.moments, moments, at.xp.where(kept < average, kept, average))
+        moments = self._averaged(state, at, self.inverse.moments(statistics, self.estimate))
 
         def refreshed() -> Any:
             return self.inverse.refresh(state.prepared, moments, statistics, self.estimate, at)
@@ -463,6 +458,17 @@ class Optimizer:
             due, refreshed, lambda: self.inverse.follow(state.prepared, statistics, self.estimate, at)
         )
         return moments, prepared
+
+    def _averaged(self, state: OptimizerState, at: Context, moments: Any) -> Any:
+        """Moments of a batch, with those of the batches before."""
+        average = self.estimate.average
+        if average > 0.0 or self._keeps_prepared:
+            # What all members share has batch axes of its own from here on, as the state does.
+            moments = _spread(moments, self.inverse.start_moments(state.previous, self.estimate))
+        if average > 0.0:
+            kept = 1.0 - 1.0 / (state.count + 1.0)
+            moments = weighted(state.moments, moments, at.xp.where(kept < average, kept, average))
+        return moments
 
 
 def _spread(values: Any, like: Any) -> Any:

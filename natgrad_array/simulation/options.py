@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 from natgrad_array import _arrays
@@ -16,7 +16,7 @@ from natgrad_array.simulation.deep_linear import INTEGRATORS, Data, DeepLinear
 from natgrad_array.simulation.ensemble import Ensemble, Piece
 from natgrad_array.simulation.fingerprint import dtype_name
 from natgrad_array.simulation.history import weight_dimensions
-from natgrad_array.simulation.observables import NEED_MODES, OF_END_TO_END, modes_of
+from natgrad_array.simulation.observables import NEED_MODES, OF_END_TO_END, Modes, modes_of
 from natgrad_array.simulation.state import State, start
 
 OPTIONS = ("learning_rate", "freeze_converged", "temperature", "label_noise")
@@ -104,34 +104,53 @@ def record_shapes(ensemble: Ensemble, system: DeepLinear) -> dict[str, Shape]:
     return {name: known[name] for name in system.names}
 
 
-def loader(ensemble: Ensemble, system: DeepLinear, key: Any) -> Callable[[Piece], tuple[Data, State]]:
-    """A function that makes the data and the first state of a piece."""
-    xp, like = ensemble.xp, ensemble.like
-    shared = not ensemble.task.batch_shape
-    need_modes = any(name in NEED_MODES for name in system.names)
-    common = modes_of(xp, ensemble.task) if need_modes and shared else None
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Makes the data and the first state of a piece, here or in another process."""
+
+    ensemble: Ensemble
+    system: DeepLinear
+    key: Any
+    """Of the noise, None where there is none."""
+    common: Modes | None
+    """The modes of the task, where it is one for all members and they are needed."""
+
+    @classmethod
+    def of(cls, ensemble: Ensemble, system: DeepLinear, key: Any) -> Loader:
+        """Put together what all pieces share."""
+        shared = not ensemble.task.batch_shape and _need_modes(system)
+        return cls(ensemble, system, key, modes_of(ensemble.xp, ensemble.task) if shared else None)
+
+    def sent(self) -> Loader:
+        """What goes to other processes: the same without weights that were given as arrays."""
+        return dataclasses.replace(self, ensemble=self.ensemble.bare())
 
     @_arrays.quiet
-    def load(piece: Piece) -> tuple[Data, State]:
-        begin, end = piece.start, piece.stop
-        layers, task = ensemble.layers(begin, end), ensemble.task_of(begin, end)
+    def __call__(self, piece: Piece, layers: tuple[Array, ...] | None = None) -> tuple[Data, State]:
+        """The data and the first state of a piece, from its weights if they are given."""
+        ensemble, system, begin, end = self.ensemble, self.system, piece.start, piece.stop
+        task = ensemble.task_of(begin, end)
+        layers = ensemble.layers(begin, end) if layers is None else layers
         rate, tolerance, temperature, label_noise = (ensemble.option(name, begin, end) for name in OPTIONS)
         assert rate is not None
+        own_modes = self.common is None and _need_modes(system)
         data = Data(
             task,
             rate[:, None, None],
             tolerance,
             None if temperature is None else temperature[:, None, None],
             None if label_noise is None else label_noise[:, None, None],
-            common if shared or not need_modes else modes_of(xp, task),
-            key,
-            _arrays.numbers(xp, begin, end, like),
+            modes_of(ensemble.xp, task) if own_modes else self.common,
+            self.key,
+            _arrays.numbers(ensemble.xp, begin, end, ensemble.like),
         )
         if system.integrator == "exponential":
             layers = (_flowing(ensemble, layers, task),)
-        return data, start(xp, layers, data.rate)
+        return data, start(ensemble.xp, layers, data.rate)
 
-    return load
+
+def _need_modes(system: DeepLinear) -> bool:
+    return any(name in NEED_MODES for name in system.names)
 
 
 def _flowing(ensemble: Ensemble, layers: tuple[Array, ...], task: GaussianTask) -> Array:
@@ -156,12 +175,6 @@ def final_shapes(ensemble: Ensemble, system: DeepLinear) -> dict[str, tuple[Shap
         for i, (core, names) in enumerate(zip(cores, weight_dimensions(cores), strict=True))
     }
     return found | {"step_size": ((), dtype, ()), "diverged_at": ((), "int32", ()), "converged_at": ((), "int32", ())}
-
-
-def from_host(ensemble: Ensemble) -> Callable[[Any], Array]:
-    """A function that brings NumPy arrays to the library and device of an ensemble."""
-    xp, where = ensemble.xp, _arrays.device(ensemble.like)
-    return lambda array: xp.asarray(array, device=where)
 
 
 def check_rng(ensemble: Ensemble, rng: Any) -> Any:

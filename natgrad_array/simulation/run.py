@@ -11,13 +11,12 @@ from natgrad_array import _arrays
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.simulation.advance import advance, look
 from natgrad_array.simulation.checkpoint import Checkpoint, Saved
-from natgrad_array.simulation.deep_linear import Data, DeepLinear
 from natgrad_array.simulation.ensemble import Piece
 from natgrad_array.simulation.memory import Plan
 from natgrad_array.simulation.progress import Bar
 from natgrad_array.simulation.schedule import intervals
 from natgrad_array.simulation.sinks import Host, Sink
-from natgrad_array.simulation.state import State, last_weights
+from natgrad_array.simulation.state import Load, State, System, last_weights, leaves, rebuilt
 
 BLOCK_SECONDS = 0.25
 """About so long nobody looks at a clock."""
@@ -27,9 +26,8 @@ class Job(NamedTuple):
     """All that a run needs."""
 
     xp: Namespace
-    system: DeepLinear
-    load: Callable[[Piece], tuple[Data, State]]
-    """The data of a piece, and the state that it starts from."""
+    system: System
+    load: Load
     pieces: tuple[Piece, ...]
     recorded: tuple[int, ...]
     """The steps that are recorded."""
@@ -40,67 +38,126 @@ class Job(NamedTuple):
     """What stands before a progress bar, None for no bar."""
 
 
-def run(job: Job, sink: Sink, checkpoint: Checkpoint | None) -> None:
-    """Simulate all pieces; go on where a checkpoint stopped."""
-    first, record, state = 0, 0, None
-    saved = checkpoint.saved if checkpoint is not None else None
-    if saved is not None:
-        first, record = saved.progress["piece"], saved.progress["record"]
-        state = _state_of(job, saved)
-    with Bar(job.title, *_work(job, first, record)) as bar:
-        for index in range(first, len(job.pieces)):
-            piece = job.pieces[index]
-            data, fresh = job.load(piece)
-            walk = _Walk(job, sink, checkpoint, index, data, fresh if state is None else state, record, bar)
-            with _saved_when_interrupted(walk):
-                walk.go()
-            record, state = 0, None
-    if first < len(job.pieces):
-        sink.complete()
-        if checkpoint is not None:
-            checkpoint.save(_progress(job, len(job.pieces), 0), {}, sink.appended())
-            sink.forget()
+class Begun(NamedTuple):
+    """Where a piece goes on that is neither new nor finished."""
+
+    piece: int
+    record: int
+    state: State
 
 
-def _work(job: Job, first: int, record: int) -> tuple[int, int]:
-    """Steps of all members, and those of them that were made before."""
-    members = [piece.members for piece in job.pieces]
-    steps = job.recorded[-1]
-    done = sum(members[:first]) * steps
-    if first < len(members):
-        done += members[first] * job.recorded[record]
-    return sum(members) * steps, done
+class Ledger:
+    """What of a run is done; checkpoints are made through it.
+
+    Parameters
+    ----------
+    job : Job
+    sink : Sink
+    checkpoint : Checkpoint, optional
+        Where it holds something the run goes on from there.
+    begun : Begun, optional
+        The piece to go on with, where there is no checkpoint.
+    """
+
+    def __init__(self, job: Job, sink: Sink, checkpoint: Checkpoint | None = None, begun: Begun | None = None) -> None:
+        self.job, self.sink, self.checkpoint, self.begun = job, sink, checkpoint, begun
+        self.finished: list[int] = []
+        if checkpoint is None:
+            return
+        if checkpoint.saved is None:
+            # Better now than in an hour if there is something wrong with the folder.
+            self.save()
+            return
+        progress = checkpoint.saved.progress
+        self.finished = list(progress["finished"])
+        if progress["piece"] is not None:
+            self.begun = Begun(progress["piece"], progress["record"], _state_of(job, checkpoint.saved))
+
+    def todo(self) -> list[int]:
+        """Numbers of the pieces that are not finished, the one that has begun before the others."""
+        left = set(range(len(self.job.pieces))) - set(self.finished)
+        return sorted(left, key=lambda index: (self.begun is None or index != self.begun.piece, index))
+
+    def take_begun(self, index: int) -> Begun | None:
+        """Where a piece goes on, None if it is new; said once, so that no state is held longer than it is of use."""
+        found, self.begun = self.begun, None
+        assert found is None or found.piece == index
+        return found
+
+    def work(self) -> tuple[int, int]:
+        """Steps of all members, and those of them that were made before."""
+        job = self.job
+        members, steps = [piece.members for piece in job.pieces], job.recorded[-1]
+        done = sum(members[index] for index in self.finished) * steps
+        if self.begun is not None:
+            done += members[self.begun.piece] * job.recorded[self.begun.record]
+        return sum(members) * steps, done
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.checkpoint is not None and self.checkpoint.due()
+
+    def save(self, begun: Begun | None = None) -> None:
+        """Make a checkpoint, if there is a place for it."""
+        if self.checkpoint is None:
+            return
+        piece, record, state = (None, 0, {}) if begun is None else (begun.piece, begun.record, _host_of(begun.state))
+        progress = {"finished": self.finished, "piece": piece, "record": record, "plan": self.job.plan._asdict()}
+        self.checkpoint.save(progress, state | self.sink.pending(), self.sink.appended())
+        self.sink.forget()
 
 
-def _progress(job: Job, piece: int, record: int) -> dict[str, Any]:
-    return {"piece": piece, "record": record, "plan": job.plan._asdict()}
+def run(job: Job, sink: Sink, checkpoint: Checkpoint | None, walk: Callable[[Job, Sink, Ledger, Bar], None]) -> None:
+    """Simulate all pieces, by a function that walks those that are left; go on where a checkpoint stopped."""
+    ledger = Ledger(job, sink, checkpoint)
+    if not ledger.todo():
+        return
+    with Bar(job.title, *ledger.work()) as bar:
+        walk(job, sink, ledger, bar)
+    sink.complete()
+    ledger.save()
 
 
-class _Walk:
-    """One piece on its way."""
+def here(job: Job, sink: Sink, ledger: Ledger, bar: Bar) -> None:
+    """Walk one piece after the other, in this process."""
+    for index in ledger.todo():
+        one = Walk(job, sink, ledger, index, bar)
+        with _saved_when_interrupted(one):
+            one.go()
+
+
+class Walk:
+    """One piece on its way.
+
+    Parameters
+    ----------
+    job : Job
+    sink : Sink
+    ledger : Ledger
+    index : int
+        The number of the piece.
+    bar : Bar
+    layers : tuple of arrays, optional
+        The first weights of the piece, where the job does not have them.
+    """
 
     def __init__(
-        self,
-        job: Job,
-        sink: Sink,
-        checkpoint: Checkpoint | None,
-        index: int,
-        data: Data,
-        state: State,
-        record: int,
-        bar: Bar,
+        self, job: Job, sink: Sink, ledger: Ledger, index: int, bar: Bar, layers: tuple[Array, ...] | None = None
     ) -> None:
-        self.job, self.sink, self.checkpoint, self.index = job, sink, checkpoint, index
-        self.data, self.state, self.record, self.bar = data, state, record, bar
+        self.job, self.sink, self.ledger, self.index, self.bar = job, sink, ledger, index, bar
+        self.data, fresh = job.load(job.pieces[index], layers)
+        begun = ledger.take_begun(index)
+        self.record, self.state = 0, fresh
+        if begun is not None:
+            # From a file its memory comes as a row of arrays.
+            memory = rebuilt(fresh.memory, iter(leaves(begun.state.memory)))
+            self.record, self.state = begun.record, begun.state._replace(memory=memory)
         self.consistent = True
 
     def go(self) -> None:
         """To the last record."""
         job, piece = self.job, self.job.pieces[self.index]
         lengths, count = intervals(job.recorded), 1
-        if self.checkpoint is not None and self.checkpoint.saved is None and self.index == 0:
-            # Better now than in an hour if there is something wrong with the folder.
-            self.save()
         while self.record < len(lengths):
             began = time.monotonic()
             block = lengths[self.record : self.record + count]
@@ -116,30 +173,27 @@ class _Walk:
                 count = min(2 * count, job.plan.records)
             elif took > 2.0 * BLOCK_SECONDS:
                 count = max(1, count // 2)
-            if self.checkpoint is not None and self.checkpoint.due():
+            if self.ledger.due():
                 self.save()
         state, seen = look(job.system, self.data, self.state, job.recorded[-1])
         self.consistent = False
         self.sink.write(self.index, piece, self.record, tuple(value[None, ...] for value in seen))
         self.sink.finish(self.index, piece, self.finals(state))
+        self.ledger.finished.append(self.index)
 
     def finals(self, state: State) -> dict[str, Array]:
         """What the piece leaves."""
-        xp = self.job.xp
-        weights = {f"weights_{i + 1}": w for i, w in enumerate(last_weights(xp, state))}
-        rates = {"step_size": self.data.rate[:, 0, 0]}
-        return weights | rates | {"diverged_at": state.diverged_at, "converged_at": state.converged_at}
+        weights = {f"weights_{i + 1}": w for i, w in enumerate(last_weights(self.job.xp, state))}
+        flags = {"diverged_at": state.diverged_at, "converged_at": state.converged_at}
+        return weights | self.job.system.finals(self.data, state) | flags
 
     def save(self) -> None:
         """Make a checkpoint of where the piece is."""
-        assert self.checkpoint is not None
-        progress = _progress(self.job, self.index, self.record)
-        self.checkpoint.save(progress, _host_of(self.state) | self.sink.pending(), self.sink.appended())
-        self.sink.forget()
+        self.ledger.save(Begun(self.index, self.record, self.state))
 
 
 @contextlib.contextmanager
-def _saved_when_interrupted(walk: _Walk) -> Iterator[None]:
+def _saved_when_interrupted(walk: Walk) -> Iterator[None]:
     """Make a checkpoint before a KeyboardInterrupt goes on.
 
     None in the instant in which the sink has records that the state does not know of: the last
@@ -148,7 +202,7 @@ def _saved_when_interrupted(walk: _Walk) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if walk.checkpoint is not None and walk.consistent:
+        if walk.consistent:
             walk.save()
         raise
 
@@ -157,18 +211,16 @@ def _host_of(state: State) -> Host:
     """The arrays of a state, by name."""
     found: Host = {}
     for name, value in state._asdict().items():
-        arrays = value if isinstance(value, tuple) else (value,)
-        found |= {f"state {name} {k}": _arrays.to_numpy(array) for k, array in enumerate(arrays)}
+        found |= {f"state {name} {k}": _arrays.to_numpy(array) for k, array in enumerate(leaves(value))}
     return found
 
 
-def _state_of(job: Job, saved: Saved) -> State | None:
-    """The state that a checkpoint holds, None behind the last piece."""
-    if saved.progress["piece"] == len(job.pieces):
-        return None
+def _state_of(job: Job, saved: Saved) -> State:
+    """The state that a checkpoint holds."""
     parts: dict[str, list[Array]] = {}
     for name, array in saved.state.items():
         kind, _, rest = name.partition(" ")
         if kind == "state":
             parts.setdefault(rest.split(" ")[0], []).append(job.from_host(array))
-    return State(**{name: tuple(a) if name in ("weights", "kept") else a[0] for name, a in parts.items()})
+    several = ("weights", "kept", "memory")
+    return State(**{name: tuple(a) if name in several else a[0] for name, a in parts.items()})

@@ -1,0 +1,62 @@
+"""The layerwise rule for networks with one width between wider ends: a linear autoencoder, say.
+
+Every factor ahead of a layer then has full column rank and every one behind it full row
+rank, so that Eq 42 leaves the layer itself: d_i = (W_i − E_i⁺ R⁻¹W*S X_i⁺) / L. The
+end-to-end matrix is not needed, and what multiplies W* is shared by all members.
+"""
+
+from __future__ import annotations
+
+from natgrad_array import _arrays, linalg
+from natgrad_array._arrays import Array, Namespace
+from natgrad_array.deep_linear.duals import chains, full_roots, layer_rounding, thin, trusted
+from natgrad_array.deep_linear.products import half_square
+from natgrad_array.deep_linear.task import TaskFactors
+
+
+def is_waisted(layers: tuple[Array, ...], factors: TaskFactors) -> bool:
+    """Whether all hidden layers have one width, which the rank of the inputs and the outputs are at least."""
+    widths = {int(layer.shape[-2]) for layer in layers[:-1]}
+    return len(widths) == 1 and widths.pop() <= min(factors.target.shape[-2:])
+
+
+def by_ends(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+) -> tuple[tuple[Array, ...], Array]:
+    """E_i⁺ = W_{i+1}⁻¹ ⋯ W_{L-1}⁻¹ (R⁻¹W_L)⁺ and X_i⁺ = (W_1 S)⁺ W_2⁻¹ ⋯ W_{i-1}⁻¹.
+
+    With r the width: both ends by their Gram matrices, 2r²(n_0 + n_L) flops and an inverse
+    each, two products of r² and two of r by n_0 n_L, and for each layer between them an
+    inverse and at most four products of r³.
+    """
+    left, right = chains(xp, layers, factors)
+    front, back = thin(xp, left.factor(1)), thin(xp, right.factor(1))
+    middle = [linalg.inverse(xp, layer) for layer in layers[1:-1]]
+    onto_front = front.times(factors.whiten(factors.optimum))
+    onto_back = back.times(xp.matrix_transpose(factors.unwhiten(factors.target))).mT
+    whole = None
+    for inverse, _ in middle:
+        whole = inverse if whole is None else whole @ inverse
+    found = [layers[0] - (onto_front if whole is None else whole @ onto_front)]
+    if middle:
+        # What E_i⁺ and X_i⁺ of the layers between the ends have in common, from the right.
+        ahead = [back.times_from_right(linalg.matmul(onto_front, factors.input_root))]
+        for inverse, _ in middle[:0:-1]:
+            ahead.append(inverse @ ahead[-1])
+        behind = None
+        for i, (inverse, _) in enumerate(middle):
+            shared = ahead[-1 - i]
+            found.append(layers[1 + i] - (shared if behind is None else shared @ behind))
+            behind = inverse if behind is None else behind @ inverse
+    found.append(layers[-1] - (onto_back if whole is None else onto_back @ whole))
+    for i, direction in enumerate(found):
+        direction *= scale
+        found[i] = direction  # where a library cannot write in place, it is another array
+    if with_excess:
+        found.append(half_square(xp, factors.target - left.factor(1).mT @ right.factor(len(layers) - 1)))
+    certified: Array = full_roots(xp, factors)
+    for end in (front, back):
+        certified = certified & trusted(xp, end.condition * _arrays.eps(xp, end.core))
+    for inverse, condition in middle:
+        certified = certified & (condition * layer_rounding(xp, inverse) < 1.0)
+    return tuple(found), certified
