@@ -219,7 +219,7 @@ class DataParallel:
             losses = [self._submit(_loss, net, moved, x, y) for x, y in shards]
             return self._sum(losses).result()[0] / count
 
-        new, after, info = opt._advance(at, before, None, loss, evaluate, made)
+        new, after, info = opt._advance(at, before, None, loss, evaluate, elsewhere=made)
         return new, ParallelState(after, state.steps + 1, prepared, waiting), info
 
     # ---------------------------------------------------------------------- the cluster
