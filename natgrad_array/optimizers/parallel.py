@@ -241,7 +241,7 @@ class DataParallel:
             losses = [submit(self.client, _loss, net, moved, x, y, **where) for x, y, where in shards]
             return self._sum(losses)[0] / count
 
-        new, after, info = opt._advance(at, before, None, loss, evaluate, made)
+        new, after, info = opt._advance(at, before, None, loss, evaluate, elsewhere=made)
         return new, ParallelState(after, state.steps + 1, prepared, waiting), info
 
     def _sum(self, parts: list[Any]) -> Any:
