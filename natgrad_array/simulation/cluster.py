@@ -52,7 +52,7 @@ def there(client: Any) -> Callable[[Job, Sink, Ledger, Bar], None]:
         watch = _Watch(client, job, sink, ledger, bar)
         try:
             todo = ledger.todo()
-            if ledger.begun is not None:
+            if watch.begun is not None:
                 # A store takes records in their order: the piece that it has a part of comes before all others.
                 watch.go(todo[:1])
                 del todo[0]
@@ -60,7 +60,7 @@ def there(client: Any) -> Callable[[Job, Sink, Ledger, Bar], None]:
         except BaseException:
             # What has come stays, whatever ends the run; in the middle of a piece the last checkpoint stands.
             if not watch.is_taking:
-                ledger.save()
+                watch.save()
             raise
         finally:
             watch.close()
@@ -74,7 +74,7 @@ class _Watch:
     def __init__(self, client: Any, job: Job, sink: Sink, ledger: Ledger, bar: Bar) -> None:
         self.client, self.job, self.sink, self.ledger, self.bar = client, job, sink, ledger, bar
         self.running: dict[Any, tuple[int, int, str | None]] = {}
-        self.is_taking = False
+        self.is_taking, self.begun = False, ledger.begun
         self.dtype = dtype_name(job.load.ensemble.like)
         self.shared = keep(client, job._replace(load=job.load.sent(), title=None))
 
@@ -91,7 +91,12 @@ class _Watch:
             for future in self._some():
                 self._take(future)
             if self.ledger.due():
-                self.ledger.save()
+                self.save()
+
+    def save(self) -> None:
+        """Make a checkpoint; a piece that has begun before stays where it was until it has ended."""
+        waits = self.begun is not None and self.begun.piece not in self.ledger.finished
+        self.ledger.save(self.begun if waits else None)
 
     def close(self) -> None:
         """Let the cluster forget what is not needed any more."""
