@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ class _Watch:
 
     def __init__(self, client: Any, job: Job, sink: Sink, ledger: Ledger, bar: Bar) -> None:
         self.client, self.job, self.sink, self.ledger, self.bar = client, job, sink, ledger, bar
-        self.running: dict[Any, tuple[int, int]] = {}
+        self.running: dict[Any, tuple[int, int, str | None]] = {}
         self.is_taking = False
         self.dtype = dtype_name(job.load.ensemble.like)
         self.shared = keep(client, job._replace(load=job.load.sent(), title=None))
@@ -81,9 +82,10 @@ class _Watch:
         """Have pieces simulated, and hand them on in the order in which they end."""
         left = iter(todo)
         while True:
-            room = max(1, _AHEAD * self._asked(lambda: threads(self.client)) - len(self.running))
+            workers = self._asked(self.client.nthreads)
+            room = max(1, _AHEAD * sum(workers.values()) - len(self.running))
             for index in itertools.islice(left, room):
-                self._send(index)
+                self._send(index, workers)
             if not self.running:
                 return
             for future in self._some():
@@ -98,13 +100,20 @@ class _Watch:
                 future.cancel()
         self.running = {}
 
-    def _send(self, index: int) -> None:
+    def _send(self, index: int, workers: Mapping[str, int]) -> None:
+        """Give a piece to the worker that has the fewest for its threads.
+
+        Dask alone would give most of them to the one that has what all pieces share.
+        """
         load, piece = self.job.load, self.job.pieces[index]
         layers = None if load.ensemble.constructor is not None else load.ensemble.layers(piece.start, piece.stop)
         begun = self.ledger.take_begun(index)
         arguments = self.shared, index, layers, begun, self.dtype
-        future = self._asked(lambda: submit(self.client, simulate_piece, *arguments))
-        self.running[future] = (index, 0 if begun is None else begun.record)
+        busy = Counter(worker for _, _, worker in self.running.values())
+        worker = min(workers, key=lambda name: (busy[name] + 1) / workers[name], default=None)
+        where = {} if worker is None else {"workers": [worker], "allow_other_workers": True}
+        future = self._asked(lambda: submit(self.client, simulate_piece, *arguments, **where))
+        self.running[future] = (index, 0 if begun is None else begun.record, worker)
 
     def _some(self) -> Iterable[Any]:
         """Pieces that have ended, at least one."""
@@ -118,7 +127,7 @@ class _Watch:
                     raise self._gone(f"has had no workers for {WORKER_SECONDS:g} s") from None
 
     def _take(self, future: Any) -> None:
-        index, record = self.running[future]
+        index, record, _ = self.running[future]
         piece = self.job.pieces[index]
         if future.status == "error":
             self._fail(future, piece)
