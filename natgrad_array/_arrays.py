@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import array_api_compat as compat
 import array_api_extra as xpx
@@ -345,6 +345,11 @@ def is_cupy(array: Array) -> bool:
     return not is_numpy(array) and bool(compat.is_cupy_array(array))
 
 
+def is_dask(array: Array) -> bool:
+    """Whether it is a Dask array."""
+    return not is_numpy(array) and bool(compat.is_dask_array(array))
+
+
 def is_lazy(array: Array) -> bool:
     """Whether values cannot be looked at: a JAX tracer or a Dask array."""
     if is_numpy(array):
@@ -360,7 +365,7 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
         return np.asarray(array.get())
     if is_torch(array):
         return np.asarray(array.detach().cpu().numpy())
-    if compat.is_dask_array(array):
+    if is_dask(array):
         return np.asarray(array.compute())
     if type(array).__module__.startswith("array_api_strict"):
         strict = sys.modules["array_api_strict"]
@@ -449,6 +454,60 @@ def sum_rows(xp: Namespace, x: Array) -> Array:
     if is_jax(x):
         return xp.sum(x, axis=-2, keepdims=True)
     return xp.ones((1, x.shape[-2]), dtype=x.dtype, device=device(x)) @ x
+
+
+def reduce_blocks(
+    x: Array,
+    weights: Array | None,
+    rows: int,
+    of: Callable[[Array, Array | None], Array],
+    merge: Callable[[Array, Array], Array],
+) -> Array:
+    """Look at every block of samples of a Dask array once, and merge what was seen by a tree.
+
+    Parameters
+    ----------
+    x : Dask array, shape (*batch, n, p)
+        In any chunks, of any library; features are brought into one.
+    weights : Dask array, shape (*batch, n), or None
+        Batch axes broadcast.
+    rows : int
+        Of what a block leaves.
+    of : callable
+        Takes a block, (*batch, n_k, p), and its weights, (*batch, n_k), as arrays of the
+        blocks' own library, and returns an array (*batch, rows, p).
+    merge : callable
+        Takes two of these and returns one.
+
+    Returns
+    -------
+    Dask array, shape (*batch, rows, p)
+        Not computed yet.
+    """
+    da, given = sys.modules["dask.array"], None
+    if weights is not None:
+        batch = np.broadcast_shapes(x.shape[:-2], weights.shape[:-1])
+        x, given = da.broadcast_to(x, (*batch, *x.shape[-2:])), weights[..., None]
+
+    def chunk(block: Array, weights: Array | None = None, **_: Any) -> Array:
+        return of(block, None if weights is None else weights[..., 0])
+
+    def combine(parts: Any, **_: Any) -> Array:
+        return functools.reduce(merge, parts) if isinstance(parts, list) else parts
+
+    return da.reduction(
+        x.rechunk({x.ndim - 1: -1}),
+        chunk,
+        combine,
+        combine=combine,
+        axis=x.ndim - 2,
+        keepdims=True,
+        output_size=rows,
+        concatenate=False,
+        dtype=x.dtype,
+        meta=x._meta,
+        weights=given,
+    )
 
 
 def add_to_diagonal(xp: Namespace, a: Array, values: float | Array) -> Array:
@@ -1041,6 +1100,8 @@ def standard_normal(rng: Any, shape: Shape, xp: Namespace, like: Array) -> Array
     """
     if isinstance(rng, bool) or rng is None:
         raise TypeError(f"rng must be a generator, a key, an integer seed or an array of noise, got {describe(rng)}")
+    if isinstance(rng, MemberNoise):
+        return rng.draw(shape, xp, like)
     rng = _from_seed(rng)
     if isinstance(rng, np.random.Generator):
         if is_lazy(like):
@@ -1146,6 +1207,34 @@ def counted_normal(key: Any, stream: int, step: Any, members: Array, size: int, 
     radius, angle = np.sqrt(-2.0 * np.log(uniform[:, 0])), 2.0 * math.pi * uniform[:, 1]
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return asarray_like(xp, normal[:, :size], like)
+
+
+class MemberNoise(NamedTuple):
+    """A source of randomness for `standard_normal` where members are the second axis: `counted_normal` for each.
+
+    What a member draws does not depend on the members beside it.
+    """
+
+    key: Any
+    stream: int
+    step: Any
+    members: Any
+
+    def draw(self, shape: Shape, xp: Namespace, like: Array) -> Array:
+        """N(0, 1) variables of a shape (draws, members, ...)."""
+        draws, members, *core = shape
+        size = draws * math.prod(core)
+        noise = counted_normal(self.key, self.stream, self.step, self.members, size, xp, like)
+        return xp.moveaxis(xp.reshape(noise, (members, draws, *core)), 0, 1)
+
+
+def counted_permutation(key: Any, stream: int, round_: Any, size: int, xp: Namespace, like: Array) -> Array:
+    """A random order of `size` things that depends on nothing but the key and the round."""
+    if is_jax(like):
+        random = sys.modules["jax"].random
+        return random.permutation(random.fold_in(random.fold_in(key, stream), round_), size)
+    bits = np.random.Philox(key=np.asarray(key, np.uint64), counter=np.asarray([0, 0, round_, stream], np.uint64))
+    return xp.asarray(np.random.Generator(bits).permutation(size), device=device(like))
 
 
 def key_data(key: Any) -> np.ndarray[Any, Any]:

@@ -84,6 +84,7 @@ SUPPORT = (
     Support("simulation.History", _STACKED, False),
     Support("simulation.log_steps", _STACKED, False, "reads integers"),
     Support("simulation.simulate_groups", _STACKED, False, "as simulate"),
+    Support("simulation.simulate_training", _STACKED, False, "compiles its own loops on JAX, as simulate does"),
     Support("networks.MLP", _STACKED, True),
     Support("networks.ConvNet", _STACKED, True),
     Support("networks.Network", _STACKED, True, f"init {_DRAWS}"),

@@ -169,8 +169,12 @@ def covariance(
     the members, the mean of about 64 samples is taken off all of them first. Members that
     do not meet the bound then, with a feature that does not vary for one, are centred
     twice as above. One or two scalars come to the host for it; under `jax.jit` they are
-    conditionals, and Dask centres twice. So the last digits of a member may depend on what
+    conditionals. So the last digits of a member may depend on what
     is stacked with it.
+
+    Of a Dask array every block is looked at once, and blocks are merged by a tree as
+    `Moments` are, in any chunks of the samples; features are brought into one chunk. Blocks
+    may be larger than memory all together, and of any library. The result is a Dask array.
 
     With n samples of p features a member takes :math:`2 n p^2 + 2 n p + 3 p^2` operations,
     half of the first term on NumPy, which knows symmetric products; n p more about a few
@@ -219,14 +223,13 @@ def covariance(
         p = int(x.shape[-1])
         return _arrays.in_pieces(of, (x,), [(p, p)], one_by_one=True)[0]
     fractions, _, squares = _normalise(xp, weights)
-    root = xp.sqrt(fractions)[..., None]
-    if assume_centered:
-        centred = x * root
-    else:
-        centred = _centre(xp, x, fractions)[1]
-        centred *= root
     divisor = 1.0 - correction * squares
-    cov = _arrays.gram(xp, centred, xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None])
+    divisor = xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None]
+    cov = (
+        _arrays.gram(xp, x * xp.sqrt(fractions)[..., None], divisor)
+        if assume_centered
+        else _weighted_gram(xp, x, fractions, divisor)[0]
+    )
     return cov if shrinkage is None else _shrink(xp, cov, float(shrinkage))
 
 
@@ -275,7 +278,9 @@ class Moments(NamedTuple):
     Pieces are joined by the formula of Chan, Golub and LeVeque (1983): with
     :math:`d = \bar{x}_2 - \bar{x}_1` the joint scatter is :math:`S_1 + S_2 + d d^T w_1 w_2 /
     (w_1 + w_2)`. Sums of squares about zero never appear, so a large mean costs no digits,
-    and the order of merges matters only to rounding.
+    and the order of merges matters only to rounding. Those of a Dask array are made block by
+    block and merged by a tree, in one pass over samples that may be larger than memory;
+    ``dask.compute(moments)`` computes all four arrays together.
 
     Examples
     --------
@@ -283,7 +288,7 @@ class Moments(NamedTuple):
     >>> import natgrad_array as ng
     >>> x = np.asarray([[1.0, 0.0], [3.0, 4.0], [5.0, 2.0]])
     >>> moments = ng.Moments.empty(2, like=x)
-    >>> for chunk in (x[:2], x[2:]):
+    >>> for chunk in (x[:2, :], x[2:, :]):
     ...     moments = moments.merge(ng.Moments.from_samples(chunk))
     >>> moments.mean
     array([3., 2.])
@@ -334,15 +339,14 @@ class Moments(NamedTuple):
             )
             return cls(count, squares, mean[..., 0, :], scatter)
         fractions, total, squares = _normalise(xp, weights)
-        mean, centred = _centre(xp, x, fractions)
-        centred *= xp.sqrt(fractions)[..., None]
+        scatter, mean = _weighted_gram(xp, x, fractions, 1)
         zeros = xp.zeros(tuple(mean.shape[:-2]), dtype=x.dtype, device=_arrays.device(x))
         weight = xp.asarray(total + zeros)
         return cls(
             weight,
             xp.asarray(total * total * squares + zeros),
             mean[..., 0, :],
-            _arrays.gram(xp, centred) * weight[..., None, None],
+            scatter * weight[..., None, None],
         )
 
     @classmethod
@@ -585,6 +589,8 @@ def _centred_gram(xp: Namespace, x: Array, divisor: float, *, kurtosis: bool = F
     A centred copy costs more than the product itself where memory is slow, so it is made
     only of samples that need one: see `covariance`.
     """
+    if _arrays.is_dask(x) and x.shape[-1]:
+        return _by_blocks(x, divisor, kurtosis)
     if x.shape[-2] < MANY_SAMPLES or not _arrays.can_branch(x):
         return _two_pass(xp, x, divisor, kurtosis)
     flags, *values = _arrays.branch(
@@ -600,6 +606,16 @@ def _two_pass(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[
     mean, centred = _centre(xp, x, None)
     gram = _arrays.gram(xp, centred, divisor)
     return gram, _spread(xp, xp.vecdot(centred, centred), gram) if kurtosis else mean
+
+
+def _weighted_gram(xp: Namespace, x: Array, fractions: Array, divisor: Any) -> tuple[Array, Array]:
+    """The sum of fractions · (x − mean)(x − mean)ᵀ over `divisor`, and the mean, shape (*batch, 1, p)."""
+    if _arrays.is_dask(x) and x.shape[-1]:
+        _, mean, scatter = _parts(_arrays.reduce_blocks(x, fractions, x.shape[-1] + 2, _seen, _merged))
+        return scatter / divisor, mean
+    mean, centred = _centre(xp, x, fractions)
+    centred *= xp.sqrt(fractions)[..., None]
+    return _arrays.gram(xp, centred, divisor), mean
 
 
 def _one_pass(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
@@ -682,3 +698,87 @@ def _oas(xp: Namespace, n: int, cov: Array) -> Array:
     delta = _distance_to_target(xp, cov, xp.where(trace == 0.0, 1.0, trace))
     numerator, denominator = delta + 1.0 / max(cov.shape[-1], 1) + 1.0, (n + 1) * delta
     return xp.where(numerator < denominator, numerator / xp.where(denominator > 0.0, denominator, 1.0), 1.0)
+
+
+# ------------------------------------------------------------------------ blocks of Dask arrays
+
+# What a block leaves is one array: the scatter, and below it rows with the mean and the weight;
+# with fourth moments two more, t / s^1.5 and q / s², with s the trace of the scatter, t and q the
+# sums of |d|² d and |d|⁴ over d = x − mean: without units, so that no fourth power overflows.
+
+
+def _by_blocks(x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
+    """`_centred_gram` of a Dask array, in one pass."""
+    n, p = x.shape[-2:]
+    if not kurtosis:
+        _, mean, scatter = _parts(_arrays.reduce_blocks(x, None, p + 2, _seen, _merged))
+        return scatter / divisor, mean
+    found = _arrays.reduce_blocks(x, None, p + 4, _seen_to_fourth_order, _merged_to_fourth_order)
+    return found[..., :p, :] / divisor, found[..., p + 3 :, :1] * (divisor * divisor / n)
+
+
+def _parts(found: Array) -> tuple[Array, Array, Array]:
+    """Weight and mean, shapes (*batch, 1, p), and scatter."""
+    p = found.shape[-1]
+    return found[..., p + 1 : p + 2, :], found[..., p : p + 1, :], found[..., :p, :]
+
+
+@_arrays.quiet
+def _seen(x: Array, weights: Array | None) -> Array:
+    """What a block of samples leaves; weights that are all 0 are no samples."""
+    xp = _arrays.namespace(x)
+    *batch, n, p = x.shape
+    if weights is not None:
+        total = xp.sum(weights, axis=-1)[..., None, None]
+        safe = xp.where(total == 0.0, 1.0, total)
+        scatter, mean = _weighted_gram(xp, x, weights / safe[..., 0], 1)
+        return xp.concat([scatter * total, mean, total + xp.zeros_like(mean)], axis=-2)
+    if n == 0:
+        return xp.zeros((*batch, p + 2, p), dtype=x.dtype, device=_arrays.device(x))
+    scatter, mean = _centred_gram(xp, x, 1)
+    return xp.concat([scatter, mean, xp.full_like(mean, n)], axis=-2)
+
+
+@_arrays.quiet
+def _merged(a: Array, b: Array) -> Array:
+    """What two blocks leave together."""
+    xp, p = _arrays.namespace(a), a.shape[-1]
+    first, second = (
+        Moments(part[..., p + 1, 0], part[..., p + 1, 0], part[..., p, :], part[..., :p, :]) for part in (a, b)
+    )
+    both = first.merge(second)
+    mean = both.mean[..., None, :]
+    return xp.concat([both.scatter, mean, both.weight[..., None, None] + xp.zeros_like(mean)], axis=-2)
+
+
+@_arrays.quiet
+def _seen_to_fourth_order(x: Array, weights: Array | None) -> Array:
+    """`_seen` with fourth moments; without weights."""
+    xp, seen = _arrays.namespace(x), _seen(x, weights)
+    _, mean, scatter = _parts(seen)
+    centred = x - mean
+    trace = _trace(xp, scatter)
+    lengths = (xp.vecdot(centred, centred) / xp.where(trace == 0.0, 1.0, trace)[..., 0])[..., None, :]
+    t = lengths @ centred / xp.sqrt(xp.where(trace == 0.0, 1.0, trace))
+    q = xp.vecdot(lengths, lengths)[..., None]
+    return xp.concat([seen, t, q + xp.zeros_like(mean)], axis=-2)
+
+
+@_arrays.quiet
+def _merged_to_fourth_order(a: Array, b: Array) -> Array:
+    """`_merged` with fourth moments, each side's taken about the mean of both."""
+    xp, p = _arrays.namespace(a), a.shape[-1]
+    both = _merged(a[..., : p + 2, :], b[..., : p + 2, :])
+    _, mean, scatter = _parts(both)
+    trace = _trace(xp, scatter)
+    trace = xp.where(trace == 0.0, 1.0, trace)
+    t, q = xp.zeros_like(mean), xp.zeros_like(mean)
+    for part in (a, b):
+        weight, own_mean, own = _parts(part)
+        ratio, own = _trace(xp, own) / trace, own / trace
+        d = (own_mean - mean) / xp.sqrt(trace)
+        square, moved, old = xp.sum(d * d, axis=-1, keepdims=True), d @ own, part[..., p + 2 : p + 3, :] * ratio**1.5
+        t += old + ratio * d + 2.0 * moved + weight * square * d
+        q += part[..., p + 3 :, :] * ratio**2 + weight * square**2 + 2.0 * ratio * square
+        q += 4.0 * xp.sum(d * (moved + old), axis=-1, keepdims=True)
+    return xp.concat([both, t, q], axis=-2)

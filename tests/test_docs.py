@@ -6,8 +6,10 @@ import os
 import pkgutil
 import re
 import tomllib
+import types
 from pathlib import Path
 
+import array_api_strict
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ import natgrad_array as ng
 from natgrad_array import _support
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 QUICK_START = (
     'python -m pip install ".[demo]" && natgrad-array demo',
     'python -m pip install ".[test]" && python -m pytest',
@@ -181,6 +183,47 @@ def test_docstring_examples(name):
         pytest.importorskip("torch")
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert failed == 0
+
+
+def strict_namespace():
+    """array-api-strict, and what examples take from NumPy that no standard has: comparisons, and draws on the host."""
+    known = types.ModuleType("strict")
+    known.__dict__.update({key: getattr(array_api_strict, key) for key in dir(array_api_strict) if key[0] != "_"})
+    known.diag = lambda values: array_api_strict.asarray(np.diag(values))
+    known.allclose = lambda a, b: np.allclose(np.asarray(a), np.asarray(b))
+    known.isclose = lambda a, b: np.isclose(np.asarray(a), np.asarray(b))
+    known.random = np.random
+    return known
+
+
+class SameNumbers(doctest.OutputChecker):
+    """Arrays of two libraries print alike but for what they are called."""
+
+    def check_output(self, want, got, optionflags):
+        return super().check_output(self.bare(want), self.bare(got), optionflags | doctest.NORMALIZE_WHITESPACE)
+
+    @staticmethod
+    def bare(text):
+        text = re.sub(r"\bnp\.(?:float64|float32|int64|bool)\(([^()]*)\)|\bnp\.(True|False)_", r"\1\2", text)
+        return re.sub(r"\barray\(([^\[\]()]+)\)", r"\1", text)
+
+
+def test_docstring_examples_on_array_api_strict(monkeypatch):
+    """The same examples, with array-api-strict where they import NumPy."""
+    monkeypatch.setattr(type(array_api_strict.asarray(0.0)), "__repr__", lambda self: repr(np.asarray(self)))
+    runner = doctest.DocTestRunner(SameNumbers(), verbose=False, optionflags=doctest.ELLIPSIS)
+    for name in MODULES:
+        if name in ("natgrad_array.adapters.torch", "natgrad_array.adapters.optax"):
+            continue  # examples of another library
+        for test in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name)):
+            for example in test.examples:
+                source = re.sub(r"^import numpy as np$", "np = strict", example.source, flags=re.MULTILINE)
+                # Draws are those of NumPy's generators here and there.
+                example.source = re.sub(r"([\w.]+(?:\(0\))?\.standard_normal\(\([^()]*\)\))", r"np.asarray(\1)", source)
+            test.globs["strict"] = strict_namespace()
+            runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+    assert runner.tries > 200
 
 
 @pytest.mark.parametrize("name", sorted(public_callables()))

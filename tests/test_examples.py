@@ -35,3 +35,17 @@ def test_the_teachers_own_loss_is_the_floor() -> None:
     nets = load("nets")
     for experiment in nets.NETS.values():
         assert np.isclose(experiment.floor, 0.5 * nets.NOISE**2 * experiment.sizes[-1])
+
+
+def test_modes_are_those_of_the_closed_forms(tmp_path: Path) -> None:
+    """Natural gradient flow at every depth; gradient flow of one layer and of two: straight, and logistic."""
+    load("modes").main(["--quick", "--out", str(tmp_path)])
+    with np.load(tmp_path / "modes.npz") as kept:
+        times, modes, depths = kept["times"][:, None, None, None], kept["modes"], kept["depths"].tolist()
+    target, start = np.asarray([3.0, 2.0, 1.0]), modes[:, :, :1]
+    straight = target + np.exp(-times) * (start - target)
+    np.testing.assert_allclose(modes[1], straight[1], atol=2e-3)
+    np.testing.assert_allclose(modes[0, depths.index(1)], straight[0, depths.index(1)], atol=1e-7)
+    first = start[0, depths.index(2)]
+    logistic = target / (1.0 + (target / first - 1.0) * np.exp(-2.0 * target * times))
+    np.testing.assert_allclose(modes[0, depths.index(2)], logistic, atol=1e-5)

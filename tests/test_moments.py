@@ -23,7 +23,15 @@ from recording import complaint, record
 from sklearn.covariance import ledoit_wolf, oas, shrunk_covariance
 
 from natgrad_array import _arrays
-from natgrad_array.moments import Moments, covariance, second_moment
+from natgrad_array.moments import (
+    Moments,
+    _merged,
+    _merged_to_fourth_order,
+    _seen,
+    _seen_to_fourth_order,
+    covariance,
+    second_moment,
+)
 
 SHRINKERS = {"ledoit_wolf": ledoit_wolf, "oas": oas}
 
@@ -555,6 +563,82 @@ def test_a_bad_discount_spoils_its_member_only(everywhere):
         assert np.all(np.isnan(after[[0, 2, 3]]))
         assert np.all(np.isfinite(after[1]))
         assert after.shape == before.shape
+
+
+CHUNKS = ((100, 2), (7, 4), ((0, 150, 0, 149, 1), 4), (1, 4), (300, 1))
+
+
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_dask_blocks_are_merged_in_any_chunks(chunks, mean):
+    """Empty ones, one sample each, features apart: by the formulas, with weights of which a block is all zero."""
+    import dask
+    import dask.array as da
+
+    x, w = samples(300, 4) + mean, fractions_of(300)
+    w[:120] = 0.0
+    lazy, tol = da.from_array(x, chunks=chunks), 1e-12 if mean == 0.0 else 1e-10
+    with dask.config.set(scheduler="synchronous"):
+        found = covariance(lazy, correction=1)
+        assert isinstance(found, da.Array)
+        assert_close(found.compute(), np.cov(x.T), tol)
+        assert_close(covariance(lazy, shrinkage="ledoit_wolf").compute(), ledoit_wolf(x)[0], tol)
+        weighted = covariance(lazy, weights=da.from_array(w, chunks=90), correction=1)
+        assert_close(weighted.compute(), np.cov(x.T, aweights=w), tol)
+        (moments,) = dask.compute(Moments.from_samples(lazy, weights=da.from_array(w, chunks=90)))
+        assert isinstance(moments, Moments)
+        assert_close(moments.mean, np.average(x, axis=0, weights=w), tol)
+        assert_close(moments.covariance(), np.cov(x.T, aweights=w, ddof=0), tol)
+        np.testing.assert_allclose(moments.weight_squared, np.sum(w * w))
+
+
+def test_dask_looks_at_each_block_once():
+    import dask
+    import dask.array as da
+
+    seen = []
+
+    def look(block):
+        seen.append(block.shape)
+        return block
+
+    x = da.from_array(samples(100, 4), chunks=(10, 4)).map_blocks(look, dtype=float, meta=np.empty((0, 0)))
+    with dask.config.set(scheduler="synchronous"):
+        for result in (
+            covariance(x),
+            covariance(x, shrinkage="ledoit_wolf"),
+            covariance(x, shrinkage="oas"),
+            second_moment(x),
+            Moments.from_samples(x),
+        ):
+            seen.clear()
+            dask.compute(result)
+            assert len(seen) == 10
+
+
+def test_dask_blocks_of_another_library():
+    """What is done with blocks asks their own namespace: a stand-in for CuPy, which Dask itself knows."""
+    import dask.array as da
+
+    x = samples(60, 4)
+    lazy = da.from_array(x, chunks=(9, 4)).map_blocks(array_api_strict.asarray, dtype=x.dtype, meta=np.empty((0, 0)))
+    options = {"scheduler": "synchronous"}
+    found = _arrays.reduce_blocks(lazy, None, 6, _seen, _merged).compute(**options)
+    assert type(found) is type(array_api_strict.asarray(x))
+    assert_close(np.asarray(found)[:4] / 60, np.cov(x.T, ddof=0))
+    found = _arrays.reduce_blocks(lazy, None, 8, _seen_to_fourth_order, _merged_to_fourth_order)
+    centred = x - np.mean(x, axis=0)
+    fourth = np.sum(np.sum(centred**2, axis=1) ** 2) / np.sum(centred**2) ** 2
+    assert_close(np.asarray(found.compute(**options))[7], np.full(4, fourth))
+
+
+def test_dask_fourth_moments_have_no_units():
+    import dask.array as da
+
+    x = samples(90, 3)
+    lazy = da.from_array(x * 1e100, chunks=(20, 3))
+    found = covariance(lazy, shrinkage="ledoit_wolf").compute(scheduler="synchronous")
+    assert_close(found / 1e200, ledoit_wolf(x)[0], 1e-11)
 
 
 def test_dask_pieces_by_tree_reduction():

@@ -24,6 +24,7 @@ OPTIONAL = (
     "jax",
     "cupy",
     "dask",
+    "distributed",
     "optax",
     "scipy",
     "sklearn",
@@ -129,7 +130,9 @@ def test_the_contract_of_public_names() -> None:
         "adapters",
         "simulate",
     } <= set(ng.__all__)
-    assert {"History", "log_steps", "CheckpointError", "Groups", "simulate_groups"} <= set(ng.simulation.__all__)
+    assert {"History", "log_steps", "CheckpointError", "Groups", "simulate_groups", "simulate_training"} <= set(
+        ng.simulation.__all__
+    )
     assert {"kronecker_factors", "precondition"} <= set(ng.adapters.__all__)
     assert {"MLP", "ConvNet", "Network"} <= set(ng.networks.__all__)
     assert {

@@ -119,6 +119,13 @@ def of_optimizer(make: Callable[[], Any]) -> Callable[[int], Callable[[], Any]]:
     return of
 
 
+def train(members: int) -> None:
+    """A few steps with averages, draws from the model, minibatches, and a member that comes to rest."""
+    net, params, x, y = problem(members, "MLP")
+    options: dict[str, Any] = {"optimizer": opts.kfac(), "steps": 2, "batch_size": 3, "rng": 0, "record_every": 2}
+    ng.simulation.simulate_training(net, params, (x, y), freeze_converged=1e3, **options)
+
+
 def of_network(method: str, *names: str) -> Callable[[str], Callable[[int], Callable[[], Any]]]:
     """A method of a network, by the names of its arguments."""
 
@@ -369,6 +376,7 @@ CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {
             "noise": {"temperature": 0.1, "label_noise": 0.1, "rng": 0, "freeze_converged": 0.1},
         }.items()
     },
+    "simulate_training": lambda b: deferred(train, b),
     # verification
     "verify": of_pair(ng.verify),
     "verify bottleneck": of_pair(ng.verify, "bottleneck"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import numpy as np
 import natgrad_array as ng
 from benchmarks import backends, measure, peers, problems
 from benchmarks.backends import Backend
+from natgrad_array import _arrays
+from natgrad_array.deep_linear.slopes import slope
 from natgrad_array.optimizers.presets import PRESETS
 
 dl = ng.deep_linear
@@ -188,6 +191,49 @@ def layerwise(
     function, arguments = peers.factorisations(backend.xp, layers)
     entries.append(Contestant("factorisations alone", "other", function, arguments))
     return [*entries, _product(layers)]
+
+
+def simulation(
+    backend: Backend, dtype: str, *, sizes: tuple[int, ...], batch: int, weights: str, steps: int
+) -> list[Contestant]:
+    """Steps of the layerwise rule with the loss recorded at each; the same steps bare, and by loops of experts."""
+    layers, task, known = network(backend, dtype, sizes, batch, weights, "identity")
+    rate, xp = 0.05, backend.xp
+    minimum = task.minimum_loss()
+
+    def ours(layers: Any, task: Any) -> Any:
+        history = ng.simulate(layers, task, learning_rate=rate, steps=steps)
+        return history.loss, *history.weights
+
+    def once(layers: Any, task: Any) -> Any:
+        found = slope(_arrays.namespace(layers[0]), layers, task, "layerwise", with_excess=True)
+        moved = tuple(w - rate * d for w, d in zip(layers, found[:-1], strict=True))
+        return moved, found[-1][:, 0, 0] + task.factors.minimum_loss
+
+    def bare(layers: Any, task: Any) -> Any:
+        if backend.name == "jax":
+            lax = importlib.import_module("jax").lax
+            layers, losses = lax.scan(lambda carry, _: once(carry, task), layers, None, length=steps)
+            return losses, *layers
+        losses = []
+        for _ in range(steps):
+            layers, loss = once(layers, task)
+            losses.append(loss)
+        return xp.stack(losses), *layers
+
+    def loop(direct: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(peers.simulated, xp, rate=rate, steps=steps, direct=direct)
+
+    arguments = (layers, known, minimum)
+    return [
+        Contestant("simulate", "ours", ours, (layers, task), jit=False),
+        Contestant("Eq 42 as written", "written", loop(peers.written_and_error), arguments),
+        Contestant("LU of products", "expert", loop(peers.solves_and_error), arguments),
+        Contestant("inverse of each layer", "expert", loop(peers.inverses_and_error), arguments),
+        Contestant("Gram", "expert", loop(peers.grams_and_error), arguments),
+        Contestant("bare steps", "other", bare, (layers, task)),
+        Contestant("W_i @ W_iᵀ of each layer", "product", _layer_squares, (layers,), scale=float(steps)),
+    ]
 
 
 def exact(
@@ -475,6 +521,19 @@ CONTESTS: dict[str, Contest] = {
         layerwise,
         {"1 x 8, L 3": {"sizes": (8,) * 4, "batch": 1, "weights": "orthogonal"}},
         ("1 x 8, L 3",),
+    ),
+    "simulation": Contest(
+        "simulation, layerwise",
+        simulation,
+        {
+            "1024 x 16-16-16-16, 200 steps": {
+                "sizes": (16,) * 4,
+                "batch": 1024,
+                "weights": "orthogonal",
+                "steps": 200,
+            }
+        },
+        ("1024 x 16-16-16-16, 200 steps",),
     ),
     "exact": Contest(
         "exact direction",

@@ -220,6 +220,62 @@ def layerwise_experts(xp: Any, sizes: tuple[int, ...]) -> dict[str, Callable[...
     return variants
 
 
+def simulated(
+    xp: Any, weights: Weights, known: Known, minimum: Array, *, rate: float, steps: int, direct: Callable[..., Any]
+) -> tuple[Array, ...]:
+    """Steps of the layerwise rule of square networks by hand, with the loss of each: (steps + 1, batch), and weights.
+
+    The loss comes out of the error W − W* that the direction needs anyway, for Σ̃ = I.
+    """
+
+    def loss(error: Array) -> Array:
+        return minimum + 0.5 * xp.sum((error @ known.moment) * error, (-2, -1))
+
+    def step(weights: Weights) -> tuple[Weights, Array]:
+        directions, error = direct(xp, weights, known)
+        return tuple(w - rate * d for w, d in zip(weights, directions, strict=True)), loss(error)
+
+    if xp.__name__ == "jax.numpy":
+        lax = importlib.import_module("jax").lax
+        weights, losses = lax.scan(lambda carry, _: step(carry), weights, None, length=steps)
+        last = loss(direct(xp, weights, known)[1])
+        return xp.concatenate([losses, last[None]]), *weights
+    rows = []
+    for _ in range(steps):
+        weights, found = step(weights)
+        rows.append(found)
+    return xp.stack([*rows, loss(direct(xp, weights, known)[1])]), *weights
+
+
+def solves_and_error(xp: Any, weights: Weights, known: Known) -> tuple[Weights, Array]:
+    """`square_solves`, and W − W* beside it."""
+    ahead, behind = _partial_products(weights)
+    error = _times(weights[-1], behind[-1]) - known.optimum
+    share, directions = error / len(weights), []
+    for a, b in zip(ahead, behind, strict=True):
+        direction = share if a is None else xp.linalg.solve(a, share)
+        directions.append(direction if b is None else xp.linalg.solve(b.mT, direction.mT).mT)
+    return tuple(directions), error
+
+
+def inverses_and_error(xp: Any, weights: Weights, known: Known) -> tuple[Weights, Array]:
+    """`square_inverses`, and W − W* beside it."""
+    product = functools.reduce(lambda done, layer: layer @ done, weights)
+    return square_inverses(xp, weights, known), product - known.optimum
+
+
+def grams_and_error(xp: Any, weights: Weights, known: Known) -> tuple[Weights, Array]:
+    """`gram` by the library's fastest way to solve, and W − W* beside it."""
+    product = functools.reduce(lambda done, layer: layer @ done, weights)
+    return gram(xp, weights, known, solve=solve_by_cholesky(xp)), product - known.optimum
+
+
+def written_and_error(xp: Any, weights: Weights, known: Known) -> tuple[Weights, Array]:
+    """`written`, and W − W* beside it."""
+    product = functools.reduce(lambda done, layer: layer @ done, weights)
+    return written(xp, weights, known), product - known.optimum
+
+
 def factorisations(xp: Any, weights: Weights) -> tuple[Callable[..., Weights], Weights]:
     """What every way to Eq 42 on the weights cannot do without, and its arguments: no product, no check.
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from natgrad_array.cli import INTERRUPTED, check, compare, data, demo, libraries, output, train
+from natgrad_array.cli import INTERRUPTED, check, compare, data, demo, libraries, output, simulate, sweep, train
 from natgrad_array.cli.errors import CommandError
 from natgrad_array.cli.libraries import BackendName, DtypeName
 from natgrad_array.networks.activations import ACTIVATIONS
@@ -167,7 +167,7 @@ def demo_command(
 
 @app.command("train")
 def train_command(
-    preset: Annotated[str, typer.Option("--preset", help="Optimizer, by its preset's name.")] = "natural_gradient",
+    preset: Annotated[str, typer.Option("--preset", help=f"Optimizer: {', '.join(PRESETS)}.")] = "natural_gradient",
     task: Annotated[str, typer.Option("--task", help="autoencoder or classify.")] = "autoencoder",
     hidden: Annotated[
         str, typer.Option("--hidden", help="Widths of the hidden layers, such as 100,50,100.")
@@ -243,6 +243,8 @@ def train_command(
         soft_wrap=True,
     )
     screen.print(train.table(history, preset))
+    if task == "classify":
+        screen.print(f"\n{train.classified(net, history.params, samples)}")
     taken = history.step[-1]
     if taken:
         screen.print(f"\n{taken} steps recorded, {1e3 * history.seconds[-1] / taken:.1f} ms each for the ensemble.")
@@ -363,6 +365,52 @@ def compare_command(
         sys.stderr.write("natgrad-array: interrupted; what was computed is written\n")
         return INTERRUPTED
     return 0
+
+
+@app.command("simulate")
+def simulate_command(
+    file: Annotated[Path, typer.Argument(help="The sweep, in TOML; see the documentation's page on simulations.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint that is in the folder.")] = False,
+    backend: BackendOption = BackendName.numpy,
+    device: DeviceOption = None,
+    dtype: DtypeOption = DtypeName.float64,
+    out: Annotated[Path, typer.Option("--out", help="Folder for store, figure, summary and checkpoint.")] = Path(
+        "natgrad-simulate"
+    ),
+) -> int:
+    """Run a sweep over deep linear networks: depths, widths, rules, learning rates, initial scales and seeds."""
+    grid = sweep.read(file)
+    place = libraries.connect(backend.value, device, dtype.value)
+    output.prepare(out)
+    sweep.check_size(grid, file, out, 4 if dtype is DtypeName.float32 else 8)
+    try:
+        found = simulate.run(grid, place, out, resume=resume, progress=True)
+    except KeyboardInterrupt:
+        options = [f"--{name} {value}" for name, value in _chosen(backend, device, dtype).items()]
+        command = " ".join(["natgrad-array simulate", str(file), *options, f"--out {out} --resume"])
+        sys.stderr.write(f"natgrad-array: interrupted; a checkpoint is kept. To go on: {command}\n")
+        return INTERRUPTED
+    summary = simulate.rows(grid, found)
+    written = simulate.write(out, file, grid, found, summary)
+    screen = console()
+    members = sum(row.members for row in summary)
+    screen.print(
+        f"{members} networks in {len(found)} groups, {grid.steps} steps, {len(grid.recorded)} records; "
+        f"{place.name} on {place.device}, {dtype.value}.\n",
+        soft_wrap=True,
+    )
+    screen.print(simulate.table(summary))
+    if len(summary) > simulate.ROWS:
+        screen.print(f"… and {len(summary) - simulate.ROWS} more in {written[2]}", soft_wrap=True)
+    diverged = sum(row.diverged for row in summary)
+    screen.print(f"\nDiverged: {diverged} of {members}. Written: {', '.join(map(str, written))}", soft_wrap=True)
+    return 0
+
+
+def _chosen(backend: BackendName, device: str | None, dtype: DtypeName) -> dict[str, str]:
+    """Options that are not as they are by default."""
+    options = {"backend": backend.value, "device": device or "", "dtype": dtype.value}
+    return {name: value for name, value in options.items() if value not in ("numpy", "", "float64")}
 
 
 @app.command("verify")

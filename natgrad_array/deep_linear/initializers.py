@@ -81,7 +81,7 @@ def small(
     >>> import numpy as np
     >>> import natgrad_array as ng
     >>> first, second = ng.deep_linear.small(0, (4, 5, 3), like=np.empty(0))
-    >>> bool(abs(first).max() < 0.01)
+    >>> bool(np.max(abs(first)) < 0.01)
     True
     """
     return gaussian(rng, sizes, batch_shape, like=like, scale=scale)

@@ -156,7 +156,7 @@ def sampled_fisher(net: Network, params: Params, x: Array, rng: Any, /, *, n_sam
     >>> params = net.init(1, like=x)
     >>> estimate = ng.sampled_fisher(net, params, x, 2, n_samples=400)
     >>> error = estimate.to_dense() - net.fisher(params, x).to_dense()
-    >>> bool((abs(error) <= 5 * estimate.standard_error() + 1e-12).all())
+    >>> bool(np.all(abs(error) <= 5 * estimate.standard_error() + 1e-12))
     True
     """
     if not _arrays.is_integer(n_samples) or n_samples < 1:

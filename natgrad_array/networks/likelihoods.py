@@ -33,7 +33,7 @@ class Likelihood:
     >>> y.shape
     (1000, 2)
     >>> root = likelihood.metric_root(logits)
-    >>> (root @ root.mT)[0]
+    >>> (root @ root.mT)[0, ...]
     array([[ 0.25, -0.25],
            [-0.25,  0.25]])
     """

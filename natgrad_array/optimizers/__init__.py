@@ -27,6 +27,7 @@ from natgrad_array.optimizers.inverses import (
 )
 from natgrad_array.optimizers.low_rank import LowRankOnline
 from natgrad_array.optimizers.optimizer import Optimizer, OptimizerState, StepInfo
+from natgrad_array.optimizers.parallel import DataParallel, ParallelState
 from natgrad_array.optimizers.preconditioner import Preconditioner
 from natgrad_array.optimizers.presets import (
     adam,
@@ -59,6 +60,7 @@ __all__ = [
     "Adam",
     "BlockTridiagonal",
     "Damping",
+    "DataParallel",
     "Empirical",
     "Estimate",
     "ExactDirections",
@@ -75,6 +77,7 @@ __all__ = [
     "NormBound",
     "Optimizer",
     "OptimizerState",
+    "ParallelState",
     "PerLayer",
     "Preconditioner",
     "Pruned",

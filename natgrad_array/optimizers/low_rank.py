@@ -210,7 +210,9 @@ class LowRankOnline(Inverse):
             found.append(tuple(LowRank(m[..., :r, :], m[..., :r, 0], m[..., 0, 0]) for m, r in pairs))
         return tuple(found), tuple(_zero_moments(w) for w in params)
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
         kept = _arrays.branch(
             at.count == 0.0,
             lambda: tuple(

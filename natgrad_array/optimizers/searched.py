@@ -53,7 +53,9 @@ class SearchedTikhonov(FactoredTikhonov):
     def start(self, params: Tangent, estimate: Estimate) -> Any:
         return super().start(params, estimate), params[0][..., 0, 0]
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
         first = at.count == 0.0
         square = at.xp.where(first, at.shift, prepared[1])
 

@@ -81,7 +81,9 @@ class BlockTridiagonal(Inverse):
             found.append(Regression(block.forward, block.backward, 0.0 * w, *pair))
         return tuple(found[:-1]), found[-1][:3]
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
         xp, (blocks, crosses) = at.xp, moments
         damped = [block.damped(at.scalar) for block in blocks]
         found = []

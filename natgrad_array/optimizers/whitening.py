@@ -33,7 +33,9 @@ class Whitening(ByFactors):
     Desjardins, Simonyan, Pascanu and Kavukcuoglu (2015).
     """
 
-    def refresh(self, prepared: Any, moments: Any, statistics: Statistics, estimate: Estimate, at: Context) -> Any:
+    def refresh(
+        self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
+    ) -> Any:
         return tuple(Kronecker(_whitener(at.xp, block.forward, at.damping), block.backward) for block in moments)
 
     def apply(self, prepared: Any, at: Context) -> Any:

@@ -9,15 +9,14 @@ import numpy as np
 
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array
-from natgrad_array.simulation.deep_linear import Data, DeepLinear
-from natgrad_array.simulation.state import State
+from natgrad_array.simulation.state import State, System
 
 Seen = tuple[Array, ...]
 
 
 @_arrays.quiet
 def advance(
-    system: DeepLinear, data: Data, state: State, number: int, lengths: tuple[int, ...], capacity: int
+    system: System, data: Any, state: State, number: int, lengths: tuple[int, ...], capacity: int
 ) -> tuple[State, Seen]:
     """Record before each of some intervals, and end where the next record is due.
 
@@ -57,7 +56,7 @@ def advance(
 
 
 @_arrays.quiet
-def look(system: DeepLinear, data: Data, state: State, number: int) -> tuple[State, Seen]:
+def look(system: System, data: Any, state: State, number: int) -> tuple[State, Seen]:
     """Record where members are, and stay there; records have no axis for intervals."""
     like = state.rate
     if _arrays.is_jax(like):
@@ -66,7 +65,7 @@ def look(system: DeepLinear, data: Data, state: State, number: int) -> tuple[Sta
     return found
 
 
-def _advance(system: DeepLinear, data: Data, state: State, number: Any, lengths: Any, count: Any) -> tuple[State, Seen]:
+def _advance(system: System, data: Any, state: State, number: Any, lengths: Any, count: Any) -> tuple[State, Seen]:
     xp = _arrays.namespace(state.rate)
 
     def body(carry: tuple[State, Any], length: Any) -> tuple[tuple[State, Any], Seen]:
@@ -78,7 +77,7 @@ def _advance(system: DeepLinear, data: Data, state: State, number: Any, lengths:
     return state, records
 
 
-def _look(system: DeepLinear, data: Data, state: State, number: Any) -> tuple[State, Seen]:
+def _look(system: System, data: Any, state: State, number: Any) -> tuple[State, Seen]:
     return system.look(_arrays.namespace(state.rate), data, state, number)
 
 
@@ -89,7 +88,7 @@ def _scalar(xp: Any, value: int) -> Any:
 # ----------------------------------------------------------------- NumPy: caches and threads
 
 
-def _cache_sized(system: DeepLinear, state: State) -> list[slice]:
+def _cache_sized(system: System, state: State) -> list[slice]:
     """Cut NumPy's stacks so that what one step works on stays in a processor's cache.
 
     The cut follows from sizes alone, so that digits do not depend on how many threads there are.

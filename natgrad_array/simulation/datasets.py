@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from natgrad_array import _arrays
-from natgrad_array.simulation.history import History, core_dimensions, weight_dimensions
+from natgrad_array.simulation.history import History, core_dimensions
 
 
 def need(module: str) -> Any:
@@ -27,7 +27,7 @@ def dataset(history: History) -> Any:
     for name, array in history.records.items():
         values = _arrays.to_numpy(array)
         variables[name] = ((*leading, *core_dimensions(name, values.ndim - len(leading))), values)
-    for i, (pair, w) in enumerate(zip(weight_dimensions(history.weights), history.weights, strict=True)):
+    for i, (pair, w) in enumerate(zip(history._dimensions, history.weights, strict=True)):
         variables[f"weights_{i + 1}"] = ((*axes.names, *pair), _arrays.to_numpy(w))
     for name in ("diverged_at", "converged_at"):
         variables[name] = (axes.names, _arrays.to_numpy(getattr(history, name)))

@@ -112,6 +112,10 @@ class DeepLinear:
         found = tuple(value if value.dtype == dtype else xp.astype(value, dtype) for value in found)
         return settled, tuple(masked(xp, mask, value) for value in found)
 
+    def finals(self, data: Data, state: State) -> dict[str, Array]:
+        """The learning rates."""
+        return {"step_size": data.rate[:, 0, 0]}
+
     # ---------------------------------------------------------------------------- moving
 
     def direction(self, xp: Namespace, task: GaussianTask, weights: Layers) -> Layers:

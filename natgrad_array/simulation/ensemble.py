@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -81,49 +80,62 @@ def cut(batch: Shape, most: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-class Ensemble:
-    """Networks, their task, and settings that may differ between them; checked when it is made.
+class Members:
+    """Stacks of layers, and settings that may differ between members; checked when it is made.
 
     Parameters
     ----------
     weights : sequence of arrays, or callable
-    task : GaussianTask
     members : int or tuple of int, optional
         The batch shape, where `weights` is a callable.
     options : mapping of str to float, array or None
         Settings of at least 0, of shapes (*batch,).
+    others : callable
+        Batch shapes of what else members have, by name, asked for when layers are known to fit.
     """
 
+    noun = "weights"
+    """What users call the layers."""
+
     def __init__(
-        self, weights: Weights | Constructor, task: GaussianTask, members: Any, options: Mapping[str, Any]
+        self, weights: Any, members: Any, options: Mapping[str, Any], others: Callable[[], Mapping[str, Shape]]
     ) -> None:
-        self.constructor = weights if callable(weights) else None
+        self.constructor: Constructor | None = weights if callable(weights) else None
         shapes: dict[str, Shape] = {}
-        if callable(weights):
+        if self.constructor is not None:
             shapes["members"] = _check_members(members)
             if 0 in shapes["members"]:
-                raise ValueError(f"members must be at least 1 where weights is a callable, got {members!r}")
-            weights = weights(0, 1)
+                raise ValueError(f"members must be at least 1 where {self.noun} is a callable, got {members!r}")
+            weights = self.constructor(0, 1)
         elif members is not None:
-            raise ValueError("members is the batch shape where weights is a callable; arrays have their own")
-        self.xp, self.arrays = check_weights(weights, task)
-        self.like, self.task, self.widths = self.arrays[0], task, widths(self.arrays)
-        self._refuse_lazy()
+            raise ValueError(f"members is the batch shape where {self.noun} is a callable; arrays have their own")
+        self.xp, self.arrays = self.check(weights)
+        self.like, self.cores = self.arrays[0], [tuple(layer.shape[-2:]) for layer in self.arrays]
+        if _arrays.is_lazy(self.like):
+            raise TypeError(
+                f"{self.noun} must have values: a simulation does not run inside jit, it compiles its own loops"
+            )
         if self.constructor is None:
-            shapes |= {f"weights[{i}]": tuple(layer.shape[:-2]) for i, layer in enumerate(self.arrays)}
+            shapes |= {f"{self.noun}[{i}]": tuple(layer.shape[:-2]) for i, layer in enumerate(self.arrays)}
         self.options = {
             name: value if value is None else _arrays.check_nonnegative(name, value, self.xp, self.like)
             for name, value in options.items()
         }
         given = {name: value for name, value in self.options.items() if value is not None}
         shapes |= {name: tuple(getattr(value, "shape", ())) for name, value in given.items()}
-        self.batch = _arrays.broadcast_batch(shapes | {"task": task.batch_shape})
+        self.batch = _arrays.broadcast_batch(shapes | dict(others()))
         if self.constructor is not None and self.batch != shapes["members"]:
             raise ValueError(f"members must be the whole batch shape, {self.batch}, got {members!r}")
 
-    def _refuse_lazy(self) -> None:
-        if _arrays.is_lazy(self.like):
-            raise TypeError("weights must have values: a simulation does not run inside jit, it compiles its own loops")
+    def check(self, weights: Any) -> tuple[Namespace, tuple[Array, ...]]:
+        """The namespace of layers, and the layers.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If they do not fit.
+        """
+        raise NotImplementedError("an ensemble says which layers fit")
 
     @property
     def members(self) -> int:
@@ -134,7 +146,7 @@ class Ensemble:
         """A NumPy array as one of the ensemble's library and device."""
         return self.xp.asarray(array, device=_arrays.device(self.like))
 
-    def bare(self) -> Ensemble:
+    def bare(self) -> Self:
         """The same without weights that were given as arrays: to other processes they go piece by piece."""
         if self.constructor is not None:
             return self
@@ -147,12 +159,12 @@ class Ensemble:
         if self.constructor is None:
             given = tuple(rows(self.xp, layer, 2, self.batch, start, stop) for layer in self.arrays)
             return tuple(stacked(self.xp, layer, stop - start) for layer in given)
-        _, given = check_weights(self.constructor(start, stop), self.task)
-        wanted = [(stop - start, m, n) for n, m in itertools.pairwise(self.widths)]
+        _, given = self.check(self.constructor(start, stop))
+        wanted = [(stop - start, *core) for core in self.cores]
         if [tuple(layer.shape) for layer in given] != wanted or given[0].dtype != self.like.dtype:
             shapes = [tuple(layer.shape) for layer in given]
             raise ValueError(
-                f"weights({start}, {stop}) must return {self.like.dtype} arrays of shapes {wanted}, "
+                f"{self.noun}({start}, {stop}) must return {self.like.dtype} arrays of shapes {wanted}, "
                 f"got {given[0].dtype} and {shapes}"
             )
         return tuple(layer + 0.0 for layer in given)
@@ -165,6 +177,29 @@ class Ensemble:
         if isinstance(value, float):
             value = _arrays.asarray_like(self.xp, value, self.like)
         return self.xp.broadcast_to(rows(self.xp, value, 0, self.batch, start, stop), (stop - start,)) + 0.0
+
+
+class Ensemble(Members):
+    """Deep linear networks and their task.
+
+    Parameters
+    ----------
+    weights : sequence of arrays, or callable
+    task : GaussianTask
+    members, options
+        As for `Members`.
+    """
+
+    def __init__(
+        self, weights: Weights | Constructor, task: GaussianTask, members: Any, options: Mapping[str, Any]
+    ) -> None:
+        self.task = task
+        super().__init__(weights, members, options, lambda: {"task": task.batch_shape})
+        self.widths = widths(self.arrays)
+
+    def check(self, weights: Any) -> tuple[Namespace, tuple[Array, ...]]:
+        """Layers that chain, and fit the task."""
+        return check_weights(weights, self.task)
 
     def task_of(self, start: int, stop: int) -> GaussianTask:
         """The task of some members; what all share has no batch axis."""

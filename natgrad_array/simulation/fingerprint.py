@@ -16,7 +16,7 @@ import numpy as np
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array
 from natgrad_array.simulation.deep_linear import DeepLinear
-from natgrad_array.simulation.ensemble import Ensemble
+from natgrad_array.simulation.ensemble import Ensemble, Members
 
 _ROWS = 4096
 
@@ -33,51 +33,58 @@ def versions(like: Array) -> dict[str, str]:
 
 def attributes(ensemble: Ensemble, system: DeepLinear, steps: int, rng: Any) -> dict[str, Any]:
     """What a reader of results wants to know of the run: JSON values by name."""
+    own = {"rule": _name(system.rule), "integrator": system.integrator, "widths": list(ensemble.widths)}
+    rate = ensemble.options["learning_rate"]
+    return about(ensemble, steps, rng) | own | ({"learning_rate": rate} if isinstance(rate, float) else {})
+
+
+def about(ensemble: Members, steps: int, rng: Any) -> dict[str, Any]:
+    """What there is to know of every run."""
     like = ensemble.like
     found: dict[str, Any] = {f"{name}_version": version for name, version in versions(like).items()}
-    found |= {
+    return found | {
         "library": _arrays.library(like)[0],
         "device": str(_arrays.device(like)),
         "dtype": dtype_name(like),
-        "rule": _name(system.rule),
-        "integrator": system.integrator,
-        "widths": list(ensemble.widths),
         "steps": steps,
         "seed": int(rng) if _arrays.is_integer(rng) else "none" if rng is None else "a JAX key",
         "command": shlex.join(sys.argv),
     }
-    rate = ensemble.options["learning_rate"]
-    return found | ({"learning_rate": rate} if isinstance(rate, float) else {})
 
 
 def fingerprint(
     ensemble: Ensemble, system: DeepLinear, recorded: tuple[int, ...], key: Any, store: str | None
 ) -> dict[str, Any]:
     """JSON values that are the same for two runs that must have the same results, bit for bit."""
+    own = {"rule": identity(system.rule), "integrator": system.integrator, "task": sum_of(_leaves(ensemble.task))}
+    return identify(ensemble, system.records, recorded, key, store) | own
+
+
+def identify(
+    ensemble: Members, records: tuple[tuple[str, Any], ...], recorded: tuple[int, ...], key: Any, store: str | None
+) -> dict[str, Any]:
+    """The part of a fingerprint that every run has."""
     like = ensemble.like
     found: dict[str, Any] = {
         "versions": versions(like),
         "device": str(_arrays.device(like)),
         "dtype": dtype_name(like),
-        "rule": _identity(system.rule),
-        "integrator": system.integrator,
-        "record": {name: _identity(name if f is None else f) for name, f in system.records},
+        "record": {name: identity(name if f is None else f) for name, f in records},
         "steps": recorded[-1],
         "recorded steps": digest(list(recorded)),
         "batch shape": list(ensemble.batch),
-        "task": _sum(_leaves(ensemble.task)),
-        "rng": _sum([_arrays.key_data(key)]) if key is not None else "none",
+        "rng": sum_of([_arrays.key_data(key)]) if key is not None else "none",
         "store": store or "none",
     }
     for name, value in ensemble.options.items():
-        found[name] = value if value is None or isinstance(value, float) else _sum([_arrays.to_numpy(value)])
+        found[name] = value if value is None or isinstance(value, float) else sum_of([_arrays.to_numpy(value)])
     if ensemble.constructor is None:
-        found["weights"] = _sum(part for layer in ensemble.arrays for part in _in_parts(layer))
+        found[ensemble.noun] = sum_of(part for layer in ensemble.arrays for part in in_parts(layer))
     else:
         last = ensemble.members - 1
         some = (*ensemble.layers(0, 1), *ensemble.layers(last, last + 1))
-        found["weights"] = _sum(_arrays.to_numpy(layer) for layer in some)
-        found["constructor"] = _identity(ensemble.constructor)
+        found[ensemble.noun] = sum_of(_arrays.to_numpy(layer) for layer in some)
+        found["constructor"] = identity(ensemble.constructor)
     return found
 
 
@@ -91,7 +98,8 @@ def dtype_name(like: Array) -> str:
     return "float32" if _arrays.eps(_arrays.namespace(like), like) > 1e-10 else "float64"
 
 
-def _sum(arrays: Iterable[np.ndarray[Any, Any]]) -> str:
+def sum_of(arrays: Iterable[np.ndarray[Any, Any]]) -> str:
+    """The SHA-256 sum of arrays, their dtypes and shapes."""
     found = hashlib.sha256()
     for array in arrays:
         found.update(f"{array.dtype.str}{array.shape}".encode())
@@ -99,7 +107,8 @@ def _sum(arrays: Iterable[np.ndarray[Any, Any]]) -> str:
     return found.hexdigest()
 
 
-def _in_parts(layer: Array) -> Iterable[np.ndarray[Any, Any]]:
+def in_parts(layer: Array) -> Iterable[np.ndarray[Any, Any]]:
+    """An array on the host, some rows at a time."""
     if layer.ndim < 3:
         yield _arrays.to_numpy(layer)
         return
@@ -116,7 +125,7 @@ def _name(function: Any) -> str:
     return function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__qualname__)
 
 
-def _identity(function: Any) -> str:
+def identity(function: Any) -> str:
     """A name, and for functions a sum of their code; what they close over is not seen."""
     if isinstance(function, str):
         return function

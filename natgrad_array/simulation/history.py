@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ class Axes(NamedTuple):
 
 
 class History:
-    """What a simulation leaves; made by `simulate`.
+    """What a simulation leaves; made by `simulate` and `simulate_training`.
 
     Attributes
     ----------
@@ -32,22 +32,22 @@ class History:
         What was recorded, by name; each is an attribute too: ``history.loss``. Of a member
         that diverged the records from then on are NaN.
     weights : tuple of arrays, shapes (*batch, n_i, n_{i-1})
-        The last weights; those of a member that diverged as they were at the last record
-        at which its loss was finite. The exponential integrator leaves the end-to-end
-        matrix alone, a network of one layer.
+        The last weights, or parameters with the bias as last column; those of a member that
+        diverged as they were at the last record at which its loss was finite. The
+        exponential integrator leaves the end-to-end matrix alone, a network of one layer.
     learning_rate : array, shape (*batch,)
-        The learning rate of each member.
+        The learning rate of each member; NaN where an optimizer finds its own.
     diverged_at : array of int, shape (*batch,)
         The recorded step at which a member's loss was not finite any more, −1 if it always was.
     converged_at : array of int, shape (*batch,)
         The recorded step at which a member was frozen for having converged, −1 if it was not.
-    regime : str
-        The regime of the network's widths.
+    regime : str or None
+        The regime of a deep linear network's widths.
     target_modes : array or None
         The singular values of the optimum in the order of recorded modes and rates, (*batch, modes),
         with the batch shape of the task.
     attributes : mapping
-        Rule, integrator, seed, versions, device, dtype and command of the run.
+        Rule and integrator, or optimizer and network; seed, versions, device, dtype and command of the run.
     store : str or None
         The Zarr store that records and weights are in. Arrays are then Zarr's: index them.
     """
@@ -60,10 +60,11 @@ class History:
         *,
         steps: tuple[int, ...],
         axes: Axes,
-        regime: str,
         attributes: Mapping[str, Any],
+        regime: str | None = None,
         target_modes: Array | None = None,
         store: str | None = None,
+        dimensions: Sequence[tuple[str, str]] | None = None,
     ) -> None:
         self.steps = np.asarray(steps)
         self.records, self.weights, self.regime = records, weights, regime
@@ -71,6 +72,7 @@ class History:
         self.diverged_at, self.converged_at = finals["diverged_at"], finals["converged_at"]
         self.attributes, self.target_modes, self.store = attributes, target_modes, store
         self._axes = axes
+        self._dimensions = weight_dimensions(weights) if dimensions is None else list(dimensions)
 
     def __getattr__(self, name: str) -> Array:
         records = self.__dict__.get("records", {})

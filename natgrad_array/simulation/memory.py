@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array, Shape
 from natgrad_array.simulation.deep_linear import DeepLinear
-from natgrad_array.simulation.ensemble import Ensemble
+from natgrad_array.simulation.ensemble import Ensemble, Members
+from natgrad_array.simulation.state import System
 
 
 class Sizes(NamedTuple):
@@ -59,8 +60,16 @@ def sizes_of(ensemble: Ensemble, system: DeepLinear, records: Mapping[str, Shape
     return Sizes(layers * item, max(cores) * item, scratch * item, task * item, record * item)
 
 
-def make_plan(each: Sizes, ensemble: Ensemble, system: DeepLinear, recorded: int, budget: int | None) -> Plan:
-    """The largest pieces that fit in a budget.
+SENT_BYTES = 2**27
+"""At most so much of a piece is sent to a worker, or back, at once."""
+
+
+def make_plan(
+    each: Sizes, ensemble: Members, system: System, recorded: int, budget: int | None, pieces: int = 0
+) -> Plan:
+    """The largest pieces that fit in a budget; at least so many, if they are to be sent to workers.
+
+    A worker holds all records of its piece to the end.
 
     Weights are there four times at the worst: those a step starts from, those that were kept
     at the last record, and new ones being put together from parts. On NumPy only members
@@ -72,11 +81,16 @@ def make_plan(each: Sizes, ensemble: Ensemble, system: DeepLinear, recorded: int
         If one member does not fit.
     """
     capacity = max(1, min(recorded, 1024, each.weights // max(1, each.record)))
+    most = max(1, ensemble.members)
+    if pieces:
+        sent = max(1, each.weights + recorded * each.record)
+        most = max(1, min(-(-most // pieces), SENT_BYTES // sent))
     if budget is None:
-        return Plan(max(1, ensemble.members), capacity)
-    lasting = 4 * each.weights + 3 * capacity * each.record + each.task
+        return Plan(most, capacity)
+    lasting = 4 * each.weights + 3 * capacity * each.record + each.task + (2 * recorded * each.record if pieces else 0)
     members = budget // (lasting + each.scratch)
-    if system.cuts_to_cache(ensemble.like, ensemble.widths):
+    sides = tuple(side for core in ensemble.cores for side in core)
+    if system.cuts_to_cache(ensemble.like, sides):
         working = _arrays.usable_threads() * max(1, _arrays.PIECE_BYTES // each.largest)
         members = max(members, (budget - working * each.scratch) // lasting)
     if members < 1:
@@ -84,10 +98,10 @@ def make_plan(each: Sizes, ensemble: Ensemble, system: DeepLinear, recorded: int
             f"max_bytes must be at least {lasting + each.scratch}, what one member takes, got {budget}; "
             "record less, or make networks smaller"
         )
-    return Plan(int(members), capacity)
+    return Plan(min(int(members), most) if pieces else int(members), capacity)
 
 
-def check_results_fit(each: Sizes, ensemble: Ensemble, recorded: int, store: str | None) -> None:
+def check_results_fit(each: Sizes, ensemble: Members, recorded: int, store: str | None) -> None:
     """Refuse what would not fit in memory, or on the disk where results go there, before anything runs.
 
     Raises

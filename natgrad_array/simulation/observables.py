@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from natgrad_array import _arrays, linalg
@@ -108,8 +108,13 @@ OF_END_TO_END = ("loss", "excess_loss", "end_to_end", "modes", "rank")
 NEED_MODES = ("modes", "rates")
 
 
-def check_records(record: Any, reserved: frozenset[str]) -> tuple[tuple[str, Any], ...]:
-    """Names and what they stand for: None for one of `OBSERVABLES`, else a callable.
+def check_records(
+    record: Any,
+    reserved: frozenset[str],
+    observables: Collection[str] = OBSERVABLES.keys(),
+    arguments: str = "(weights, task)",
+) -> tuple[tuple[str, Any], ...]:
+    """Names and what they stand for: None for one of the observables, else a callable.
 
     Raises
     ------
@@ -126,15 +131,15 @@ def check_records(record: Any, reserved: frozenset[str]) -> tuple[tuple[str, Any
         raise TypeError(
             f"record must be names, callables, or a dictionary of callables by name, got {_arrays.describe(record)}"
         )
-    known = ", ".join(map(repr, OBSERVABLES))
+    known = ", ".join(map(repr, observables))
     for name, value in pairs:
-        if value is None and name not in OBSERVABLES:
+        if value is None and name not in observables:
             raise ValueError(f"record names {name!r}, which is none of {known}; pass a callable for your own")
         if value is not None and not callable(value):
-            raise TypeError(f"record[{name!r}] must be a callable of (weights, task), got {_arrays.describe(value)}")
+            raise TypeError(f"record[{name!r}] must be a callable of {arguments}, got {_arrays.describe(value)}")
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"record must name each callable by an identifier, got {name!r}: use a dictionary")
-        if value is not None and (name in OBSERVABLES or name in reserved or name.startswith("_")):
+        if value is not None and (name in observables or name in reserved or name.startswith("_")):
             raise ValueError(f"record names a callable {name!r}, which is taken; choose another name")
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from natgrad_array._arrays import Array, Shape
+from natgrad_array._client import check_client
 from natgrad_array.simulation.checkpoint import Checkpoint
-from natgrad_array.simulation.deep_linear import DeepLinear
-from natgrad_array.simulation.ensemble import Ensemble, cut
+from natgrad_array.simulation.cluster import PIECES_PER_THREAD, there, threads, worker_budget
+from natgrad_array.simulation.ensemble import Members, cut
 from natgrad_array.simulation.fingerprint import digest, dtype_name
 from natgrad_array.simulation.history import Axes, History
-from natgrad_array.simulation.memory import Plan
-from natgrad_array.simulation.options import Loader
+from natgrad_array.simulation.memory import Plan, Sizes, budget_of, make_plan
 from natgrad_array.simulation.run import Job, here, run
 from natgrad_array.simulation.sinks import Memory
+from natgrad_array.simulation.state import Load, System
 from natgrad_array.simulation.store import Layout, Store
 
 
@@ -25,9 +26,9 @@ from natgrad_array.simulation.store import Layout, Store
 class Prepared:
     """All that a simulation is made of."""
 
-    ensemble: Ensemble
-    system: DeepLinear
-    load: Loader
+    ensemble: Members
+    system: System
+    load: Load
     recorded: tuple[int, ...]
     """The steps that are recorded."""
     axes: Axes
@@ -46,6 +47,8 @@ class Prepared:
     interval: float
     title: str | None
     """What stands before a progress bar, None for no bar."""
+    client: Any
+    """Of a Dask cluster, or None."""
 
     def run(self) -> History:
         """Simulate, or go on where a checkpoint is."""
@@ -74,7 +77,23 @@ class Prepared:
                 sink.restore(saved.appended, saved.state, saved.progress["record"])
             job = Job(xp, system, self.load, pieces, self.recorded, host, plan, self.title)
             if not sink.is_complete:
-                run(job, sink, kept, here)
+                run(job, sink, kept, here if self.client is None else there(self.client))
             found, finals = sink.results(xp, system.names, self.ensemble.batch)
         count = sum(name.startswith("weights_") for name in finals)
         return self.leave(found, tuple(finals[f"weights_{i + 1}"] for i in range(count)), finals)
+
+
+def plan_of(each: Sizes, ensemble: Members, system: System, recorded: int, max_bytes: Any, client: Any) -> Plan:
+    """How an ensemble is worked on, here or by a cluster.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `max_bytes` or `client` is wrong, or one member does not fit.
+    """
+    budget, pieces = budget_of(max_bytes, ensemble.like), 0
+    if client is not None:
+        check_client(client)
+        pieces = PIECES_PER_THREAD * threads(client)
+        budget = worker_budget(client, budget) if max_bytes is None else budget
+    return make_plan(each, ensemble, system, recorded, budget, pieces)

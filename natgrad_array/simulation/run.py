@@ -11,14 +11,12 @@ from natgrad_array import _arrays
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.simulation.advance import advance, look
 from natgrad_array.simulation.checkpoint import Checkpoint, Saved
-from natgrad_array.simulation.deep_linear import DeepLinear
 from natgrad_array.simulation.ensemble import Piece
 from natgrad_array.simulation.memory import Plan
-from natgrad_array.simulation.options import Loader
 from natgrad_array.simulation.progress import Bar
 from natgrad_array.simulation.schedule import intervals
 from natgrad_array.simulation.sinks import Host, Sink
-from natgrad_array.simulation.state import State, last_weights
+from natgrad_array.simulation.state import Load, State, System, last_weights, leaves, rebuilt
 
 BLOCK_SECONDS = 0.25
 """About so long nobody looks at a clock."""
@@ -28,8 +26,8 @@ class Job(NamedTuple):
     """All that a run needs."""
 
     xp: Namespace
-    system: DeepLinear
-    load: Loader
+    system: System
+    load: Load
     pieces: tuple[Piece, ...]
     recorded: tuple[int, ...]
     """The steps that are recorded."""
@@ -149,7 +147,11 @@ class Walk:
         self.job, self.sink, self.ledger, self.index, self.bar = job, sink, ledger, index, bar
         self.data, fresh = job.load(job.pieces[index], layers)
         begun = ledger.take_begun(index)
-        self.record, self.state = (0, fresh) if begun is None else (begun.record, begun.state)
+        self.record, self.state = 0, fresh
+        if begun is not None:
+            # From a file its memory comes as a row of arrays.
+            memory = rebuilt(fresh.memory, iter(leaves(begun.state.memory)))
+            self.record, self.state = begun.record, begun.state._replace(memory=memory)
         self.consistent = True
 
     def go(self) -> None:
@@ -181,10 +183,9 @@ class Walk:
 
     def finals(self, state: State) -> dict[str, Array]:
         """What the piece leaves."""
-        xp = self.job.xp
-        weights = {f"weights_{i + 1}": w for i, w in enumerate(last_weights(xp, state))}
-        rates = {"step_size": self.data.rate[:, 0, 0]}
-        return weights | rates | {"diverged_at": state.diverged_at, "converged_at": state.converged_at}
+        weights = {f"weights_{i + 1}": w for i, w in enumerate(last_weights(self.job.xp, state))}
+        flags = {"diverged_at": state.diverged_at, "converged_at": state.converged_at}
+        return weights | self.job.system.finals(self.data, state) | flags
 
     def save(self) -> None:
         """Make a checkpoint of where the piece is."""
@@ -210,8 +211,7 @@ def _host_of(state: State) -> Host:
     """The arrays of a state, by name."""
     found: Host = {}
     for name, value in state._asdict().items():
-        arrays = value if isinstance(value, tuple) else (value,)
-        found |= {f"state {name} {k}": _arrays.to_numpy(array) for k, array in enumerate(arrays)}
+        found |= {f"state {name} {k}": _arrays.to_numpy(array) for k, array in enumerate(leaves(value))}
     return found
 
 
@@ -222,4 +222,5 @@ def _state_of(job: Job, saved: Saved) -> State:
         kind, _, rest = name.partition(" ")
         if kind == "state":
             parts.setdefault(rest.split(" ")[0], []).append(job.from_host(array))
-    return State(**{name: tuple(a) if name in ("weights", "kept") else a[0] for name, a in parts.items()})
+    several = ("weights", "kept", "memory")
+    return State(**{name: tuple(a) if name in several else a[0] for name, a in parts.items()})

@@ -13,7 +13,7 @@ from natgrad_array.simulation.deep_linear import Rule
 from natgrad_array.simulation.ensemble import Constructor, Ensemble
 from natgrad_array.simulation.fingerprint import attributes, fingerprint
 from natgrad_array.simulation.history import RESERVED, History, check_axes
-from natgrad_array.simulation.memory import budget_of, check_results_fit, make_plan, sizes_of
+from natgrad_array.simulation.memory import check_results_fit, sizes_of
 from natgrad_array.simulation.observables import check_records, target_modes
 from natgrad_array.simulation.options import (
     Loader,
@@ -23,7 +23,7 @@ from natgrad_array.simulation.options import (
     final_shapes,
     record_shapes,
 )
-from natgrad_array.simulation.prepared import Prepared
+from natgrad_array.simulation.prepared import Prepared, plan_of
 from natgrad_array.simulation.progress import check_progress
 from natgrad_array.simulation.schedule import check_count, schedule
 
@@ -51,6 +51,7 @@ def simulate(
     store: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_interval: float = 10.0,
+    client: Any = None,
 ) -> History:
     r"""Simulate how an ensemble of deep linear networks learns.
 
@@ -120,6 +121,11 @@ def simulate(
         run goes on from it, and one that has ended is returned.
     checkpoint_interval : float
         Seconds between two checkpoints; the clock is looked at between records.
+    client : dask.distributed.Client, optional
+        Of a cluster whose workers simulate the pieces, which are then many enough to keep all
+        of them busy; `max_bytes` is the memory for one thread of a worker. A piece whose
+        worker dies is given to another. Checkpoints keep pieces that have ended. Needs the
+        extra "dask", on workers too.
 
     Returns
     -------
@@ -133,6 +139,8 @@ def simulate(
         memory or on the disk. Nothing has run then.
     FileExistsError
         If there is something at `store` that this run has not begun.
+    ConnectionError
+        If the cluster of `client` is gone; checkpoint and store keep the pieces that have ended.
     simulation.CheckpointError
         If the checkpoint is another run's, in use, damaged, or cannot be written.
 
@@ -179,6 +187,7 @@ def simulate(
         store=store,
         checkpoint=checkpoint,
         checkpoint_interval=checkpoint_interval,
+        client=client,
     ).run()
 
 
@@ -205,6 +214,7 @@ def prepare(
     store: Any,
     checkpoint: Any,
     checkpoint_interval: Any,
+    client: Any,
 ) -> Prepared:
     """Check all arguments of `simulate`."""
     options = {
@@ -221,10 +231,9 @@ def prepare(
     key = check_rng(ensemble, rng)
     shapes = record_shapes(ensemble, system)
     each = sizes_of(ensemble, system, shapes)
-    budget = budget_of(max_bytes, ensemble.like)
     path = None if store is None else os.fspath(store)
+    plan = plan_of(each, ensemble, system, len(recorded), max_bytes, client)
     check_results_fit(each, ensemble, len(recorded), path)
-    plan = make_plan(each, ensemble, system, len(recorded), budget)
     interval = check_interval(checkpoint_interval)
     title = check_progress(progress)
 
@@ -259,4 +268,5 @@ def prepare(
         checkpoint,
         interval,
         title,
+        client,
     )

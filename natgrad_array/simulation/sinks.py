@@ -52,16 +52,20 @@ class Memory:
         self.fresh: dict[str, Array] = {}
 
     def write(self, index: int, piece: Piece, record: int, seen: Seen) -> None:
-        """Keep a block."""
+        """Keep a block; what comes from another process comes through the host."""
+        seen = tuple(self._from_host(array) for array in seen)
         self.blocks.setdefault(index, []).append(seen)
         if self.checkpointed:
             self.fresh |= {f"record {index} {record} {k}": array for k, array in enumerate(seen)}
 
     def finish(self, index: int, piece: Piece, final: Mapping[str, Array]) -> None:
         """Keep what a piece leaves."""
-        self.finals[index] = dict(final)
+        self.finals[index] = {name: self._from_host(array) for name, array in final.items()}
         if self.checkpointed:
-            self.fresh |= {f"final {index} {name}": array for name, array in final.items()}
+            self.fresh |= {f"final {index} {name}": array for name, array in self.finals[index].items()}
+
+    def _from_host(self, array: Array) -> Array:
+        return self.from_host(array) if _arrays.is_numpy(array) else array
 
     def complete(self) -> None:
         """Nothing is left to do."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 from natgrad_array import _arrays
-from natgrad_array._arrays import Array, Namespace
+from natgrad_array._arrays import Array, Namespace, Shape
 
 RUNNING = -1
 """In place of a step number: it has not happened."""
@@ -24,6 +25,8 @@ class State(NamedTuple):
     """(members,): the recorded step at which the loss was not finite, or `RUNNING`."""
     converged_at: Array
     """(members,): the recorded step at which a member was put to rest, or `RUNNING`."""
+    memory: Any = ()
+    """What else a system carries from step to step: arrays in nested tuples."""
 
     def part(self, piece: slice) -> State:
         """Some of the members."""
@@ -31,10 +34,59 @@ class State(NamedTuple):
         return State(weights, kept, self.rate[piece], self.diverged_at[piece], self.converged_at[piece])
 
 
-def start(xp: Namespace, weights: tuple[Array, ...], rate: Array) -> State:
+class System(Protocol):
+    """What moves members and is recorded of them; hashable, so that compiled loops are found again."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is recorded."""
+
+    def cuts_to_cache(self, like: Array, widths: Shape) -> bool:
+        """Whether NumPy's stacks are worked on in parts that fit a cache."""
+
+    def interval(self, xp: Namespace, data: Any, state: State, number: Any, length: Any) -> tuple[State, Any]:
+        """Record, and go `length` steps on, at least one."""
+
+    def look(self, xp: Namespace, data: Any, state: State, number: Any) -> tuple[State, Any]:
+        """Record without going on."""
+
+    def finals(self, data: Any, state: State) -> dict[str, Array]:
+        """What is left at the end beside the weights, by name."""
+
+
+class Load(Protocol):
+    """Makes the data and the first state of a piece of an ensemble, here or in another process."""
+
+    @property
+    def ensemble(self) -> Any:
+        """What the pieces are cut from."""
+
+    def sent(self) -> Load:
+        """What goes to other processes: the same without weights that were given as arrays."""
+
+    def __call__(self, piece: Any, layers: tuple[Array, ...] | None = None) -> tuple[Any, State]:
+        """From its weights, if they are given."""
+
+
+def start(xp: Namespace, weights: tuple[Array, ...], rate: Array, memory: Any = ()) -> State:
     """All members running."""
     running = xp.full((rate.shape[0],), RUNNING, dtype=xp.int32, device=_arrays.device(rate))
-    return State(weights, weights, rate, running, running)
+    return State(weights, weights, rate, running, running, memory)
+
+
+def leaves(value: Any) -> list[Array]:
+    """The arrays in nested tuples, in order."""
+    if isinstance(value, tuple):
+        return [array for part in value for array in leaves(part)]
+    return [] if value is None else [value]
+
+
+def rebuilt(like: Any, arrays: Iterator[Array]) -> Any:
+    """Nested tuples such as `like`, of the next arrays."""
+    if isinstance(like, tuple):
+        parts = [rebuilt(part, arrays) for part in like]
+        return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
+    return None if like is None else next(arrays)
 
 
 def settle(
@@ -65,6 +117,7 @@ def settle(
             xp.where(newly, 0.0, state.rate),
             xp.where(newly[:, 0, 0], _number(xp, number, good), state.diverged_at),
             state.converged_at,
+            state.memory,
         )
         return frozen, tuple(xp.where(keep, d, 0.0) for d in direction)
 
