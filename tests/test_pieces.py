@@ -79,7 +79,7 @@ def test_what_goes_wrong_in_a_piece_is_raised() -> None:
         _arrays.in_pieces(fail, (np.ones((12, 16, 16)),), [(16, 16)])
 
 
-@pytest.mark.parametrize(("n", "pieces"), [(8, 20), (16, 20), (65, 1)])
+@pytest.mark.parametrize(("n", "pieces"), [(8, 21), (16, 21), (65, 1)])
 @pytest.mark.usefixtures("small_pieces")
 def test_large_matrices_stay_together_and_small_ones_are_cut_to_a_quarter(n: int, pieces: int) -> None:
     lengths = []
