@@ -65,8 +65,10 @@ def natural_gradient(
     -----
     Eqs 24–26, 34, 35 and 42 of Bernacchia, Lengyel and Hennequin (2018), supplement.
     "layerwise" costs, for a square network whose end-to-end matrix is well conditioned, one
-    n × n inverse and 3L + 1 products; L inverses and 3L − 4 products where it is not; and
-    for other shapes two products and a Gram matrix a factor. On eager arrays a scalar or
+    n × n inverse and 3L + 1 products; L inverses and 3L − 4 products where it is not; where all
+    hidden layers have one width r and the ends are wider, an inverse for each layer, two of r and
+    products with W* that all members share; and for other shapes two products and a Gram matrix a
+    factor. On eager arrays a scalar or
     three say which members need what; the way is chosen by what most of a stack needs, so
     that a member's last digits may depend on what is stacked with it. In a layer of a square
     network only what is singular to the layer's own rounding counts as singular. On NumPy
