@@ -124,20 +124,25 @@ def kills(folder: Path, *, count: int = 20) -> str:
     if start("whole", False).wait():
         raise RuntimeError("the run that nobody kills failed")
     whole = time.perf_counter() - begin
-    for k in range(count):
-        stored = bool(k % 2)
+    for k in range(3 * count):
+        stored, begin = bool(k % 2), time.perf_counter()
         process = start(f"run{k}", stored)
         try:
             process.wait(rng.uniform(0.15, 1.0) * whole)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            died += process.wait() == -signal.SIGKILL
-            process = start(f"run{k}", stored)
-        if process.wait():
+        else:
+            # Too late: what else the machine does may have made the first run a slow one.
+            whole = min(whole, time.perf_counter() - begin)
+        if process.wait() != -signal.SIGKILL:
             continue
-        with np.load(folder / "whole.npz") as wanted, np.load(folder / f"run{k}.npz") as found:
-            same += all(np.array_equal(found[name], wanted[name]) for name in wanted.files)
-    return f"kills: {died} of {count} runs of {whole:.1f} s were killed and resumed; {same} of {count} ended the same"
+        died += 1
+        if start(f"run{k}", stored).wait() == 0:
+            with np.load(folder / "whole.npz") as wanted, np.load(folder / f"run{k}.npz") as found:
+                same += all(np.array_equal(found[name], wanted[name]) for name in wanted.files)
+        if died == count:
+            break
+    return f"kills: {died} runs of {whole:.1f} s were killed and resumed; {same} of {died} ended with the same bits"
 
 
 CHECKS = {"memory": memory, "checkpoint": checkpoint, "kills": kills}
