@@ -333,7 +333,8 @@ class LevenbergMarquardt(Damping):
     share : float
         The part of the batch that products with F are computed on, in (0, 1]. In steps that
         do not change the damping, one that lowers the loss of this part is taken to lower
-        that of the batch; where it does not, the whole batch decides.
+        that of the batch; where it does not, the whole batch decides. On eager arrays that
+        costs a scalar brought to the host.
     minimum : float
         The damping never falls below it.
     """
