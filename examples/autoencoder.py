@@ -2,7 +2,8 @@
 
 With an IDX file of images (MNIST's format) this is the experiment of Bernacchia, Lengyel and
 Hennequin (2018), figure 3: 784-400-200-100-50-100-200-400-784, tanh, linear outputs, squared
-loss, batches of 1000. Without one it is a smaller network on scikit-learn's digits.
+loss, batches of 1000 for all (there SGD has batches of 20). Without one it is a smaller network
+on scikit-learn's digits.
 
     python examples/autoencoder.py --images t10k-images-idx3-ubyte.gz --out autoencoder
 """
@@ -21,7 +22,11 @@ from natgrad_array.cli.idx import read_idx
 from natgrad_array.optimizers.presets import PRESETS
 
 #: Presets that need a learning rate for this network, and the best of a few tried.
-OPTIONS = {"sgd": {"learning_rate": 0.002, "momentum": 0.9}, "adam": {"learning_rate": 1e-3}}
+OPTIONS = {
+    "sgd": {"learning_rate": 0.002, "momentum": 0.9},
+    "adam": {"learning_rate": 1e-3},
+    "foof": {"learning_rate": 0.03, "damping": 0.03},
+}
 NAMES = ("natural_gradient", "kfac", "ekfac", "foof", "adam", "sgd")
 
 

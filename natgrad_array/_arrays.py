@@ -840,15 +840,25 @@ def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape], *, one_by_
     if not is_numpy(arrays[0]):
         return False
     largest = max(side for core in cores for side in core)
-    if largest < 16 or (largest > BLAS_THREADS_FROM and not one_by_one):
+    if largest > BLAS_THREADS_FROM and not one_by_one:
         return False
     batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
-    return max(batch, default=1) > 1 and math.prod(batch) * _member_bytes(arrays, cores) > PIECE_BYTES
+    return max(batch, default=1) > 1 and _pieces(batch, arrays, cores) > 1
+
+
+def _pieces(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
+    """In how many pieces a stack fits into a processor's cache.
+
+    Products of matrices below 16 × 16 are over so soon that passes over memory decide: all
+    stacks of a step, and not only a few, have to stay there.
+    """
+    small = max(side for core in cores for side in core) < 16
+    return -(-math.prod(batch) * _member_bytes(arrays, cores) // (PIECE_BYTES // 4 if small else PIECE_BYTES))
 
 
 def _member_bytes(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
     """Bytes of the largest matrix of one member."""
-    sizes = [math.prod(array.shape[-2:]) for array in arrays] + [math.prod(core) for core in cores]
+    sizes = [math.prod(array.shape[-2:]) for array in arrays if array.ndim > 2] + [math.prod(core) for core in cores]
     return int(max(sizes) * arrays[0].dtype.itemsize)
 
 
@@ -862,8 +872,8 @@ def in_pieces(
     """Apply a function of stacks of matrices; on NumPy to pieces of the stacks, in threads.
 
     NumPy works on a stack with one processor, and for every step of a long computation goes
-    through memory. Both cost a factor of two where the matrices are neither so small that
-    a step is over before a thread has begun, nor so large that BLAS has threads of its own.
+    through memory. Both cost a factor of two where the matrices are not so large that BLAS has
+    threads of its own.
 
     Parameters
     ----------
@@ -882,7 +892,7 @@ def in_pieces(
         return function(*arrays)
     batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
     length = max(batch)
-    count = min(length, -(-math.prod(batch) * _member_bytes(arrays, cores) // PIECE_BYTES))
+    count = min(length, _pieces(batch, arrays, cores))
     small = max(side for core in cores for side in core) <= BLAS_THREADS_FROM
     threads = min(usable_threads(), count) if small else 1
     count = min(length, -(-count // threads) * threads)

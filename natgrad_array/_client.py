@@ -38,9 +38,9 @@ def submit(client: Any, function: Callable[..., Any], *arguments: Any, **options
         return client.submit(function, *arguments, pure=False, **options)
 
 
-def keep(client: Any, value: Any) -> Any:
+def keep(client: Any, value: Any, **options: Any) -> Any:
     """Send a value that several tasks need."""
-    return submit(client, _same, value)
+    return submit(client, _same, value, **options)
 
 
 def _same(value: Any) -> Any:

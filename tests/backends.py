@@ -12,6 +12,7 @@ import array_api_compat as compat
 import array_api_strict
 import jax
 import numpy as np
+import pytest
 
 
 @dataclass(frozen=True)
@@ -181,3 +182,12 @@ if importlib.util.find_spec("torch") is not None:
     BACKENDS.append(Backend("torch", "array_api_compat.torch"))
 if _cupy_available():
     BACKENDS.append(Backend("cupy", "array_api_compat.cupy"))
+
+
+def compiled_if_jax(backend: Backend) -> None:
+    """Leave JAX to its compiled form where a test calls much at once.
+
+    Op by op it compiles each for itself, which takes ten times as long and shows no more.
+    """
+    if backend is JAX:
+        pytest.skip("compiled as jax-jit")

@@ -111,13 +111,21 @@ def test_libraries_agree(backend: str) -> None:
     np.testing.assert_allclose(arrays()["test_loss"], wanted["test_loss"], rtol=1e-8)
 
 
-def test_classes_from_files(files: tuple[Path, Path]) -> None:
+def test_classes_from_files(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--data", str(files[0]), "--labels", str(files[1]), "--task", "classify", "--preset", "adam"]
     assert main(["train", *options, *FAST, "--learning-rate", "0.05"]) == 0
     found = arrays()
     assert found["params_1"].shape == (2, 3, 7)
     assert str(found["sizes"]) == "16-6-3"
     assert np.all(found["train_loss"][-1] < found["train_loss"][0])
+    # Hidden units and classes by hand, from what was written.
+    held_back = train.split(train.load(*files), "classify", "float32")
+    w, v = found["params_0"], found["params_1"]
+    hidden = np.tanh(held_back.test_x @ w[:, :, :-1].mT + w[:, None, :, -1])
+    scores = hidden @ v[:, :, :-1].mT + v[:, None, :, -1]
+    right = 100 * np.mean(scores.argmax(axis=-1) == held_back.test_y, axis=-1)
+    said = f"classified right: {np.median(right):.1f} % in the median, {right.min():.1f}–{right.max():.1f}."
+    assert said in capsys.readouterr().out
 
 
 def test_the_seed_says_it_all() -> None:

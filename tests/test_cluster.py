@@ -162,7 +162,13 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, what: Callable[[], A
     monkeypatch.setattr(cluster._Watch, "_take", take)
 
 
-def interrupt() -> None:
+def settle(client: distributed.Client) -> None:
+    """Wait until workers have ended what nobody wants any more."""
+    while any(client.run(lambda dask_worker: len(dask_worker.state.executing)).values()):
+        pass
+
+
+def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -181,6 +187,7 @@ def test_there_here_and_there_again(
         with pytest.raises(KeyboardInterrupt):
             ng.simulate(draw, TASK, client=client, **options)
     # The cluster may have begun more than it could hand over.
+    settle(client)
     asked(folder)
     real, calls = run.advance, []
 
@@ -196,6 +203,13 @@ def test_there_here_and_there_again(
             ng.simulate(draw, TASK, **options)
     here = asked(folder)
     assert len(here) == 2
+    with monkeypatch.context() as patch:
+        # What is half done here is no less done when the cluster is interrupted over it.
+        patch.setattr(cluster._Watch, "_some", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ng.simulate(draw, TASK, client=client, **options)
+    settle(client)
+    asked(folder)
     found = ng.simulate(draw, TASK, client=client, **options)
     there = asked(folder)
     assert len(there) == 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import JAX, JAX_JIT, Backend
+from backends import JAX, JAX_JIT, Backend, compiled_if_jax
 from network_reference import case, deltas_of, ends, on, relative, rows_of, stack, tangent_of, truth
 
 import natgrad_array as ng
@@ -304,6 +304,7 @@ def test_an_ensemble_is_its_members_and_a_bad_one_is_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["kfac", "tridiagonal", "low rank"])
 def test_preconditioners_on_every_library(backend: Backend, kind: str) -> None:
+    compiled_if_jax(backend)
     net, params, x, y = on(backend, case("MLP noise"))
     gradient = backend.asarrays(*tangent_of(case("MLP noise").params))
     optimizer = opts.Optimizer(opts.ExactDirections(), BY_BLOCKS[kind], damping=opts.Damping(0.1))

@@ -393,6 +393,30 @@ def test_a_rejected_step_is_not_made_and_costs_its_neighbours_nothing() -> None:
     assert state.damping[1] > 1.0
 
 
+def test_between_changes_of_the_damping_a_part_of_the_batch_is_enough() -> None:
+    """Where its loss falls; in members where it does not, and in every third step, the whole batch is asked."""
+    net, params, x, y = problem()
+    policy = opts.LevenbergMarquardt(1.0, every=3, reject=True, share=0.25)
+    optimizer = opts.Optimizer(
+        scaling=opts.Fixed(np.asarray([1e-3, 1e4, 1e-3, np.nan])), damping=policy, weight_decay=0.01
+    )
+    state = optimizer.init(net, params)
+    for count in range(3):
+        moved = tuple(
+            w - optimizer.scaling.learning_rate[:, None, None] * (g + 0.01 * w)
+            for w, g in zip(params, net.gradient(params, x, y), strict=True)
+        )
+        before, after, part, later = (
+            net.loss(w, x[:k], y[:k]) + 0.005 * sum(np.sum(v**2, axis=(1, 2)) for v in w)
+            for w, k in ((params, 20), (moved, 20), (params, 5), (moved, 5))
+        )
+        params, state, info = optimizer.step(net, params, state, x, y)
+        np.testing.assert_array_equal(info.accepted, [True, False, True, False])
+        wanted = np.where((later <= part) & (count < 2), before + later - part, after)
+        np.testing.assert_allclose(info.new_loss, wanted, rtol=1e-9)
+        assert not np.allclose((before + later - part)[[0, 2]], after[[0, 2]], rtol=1e-9)
+
+
 @pytest.mark.parametrize("momentum", [False, True])
 def test_the_searched_gamma_is_the_best_of_three(momentum: bool) -> None:
     """Each candidate's step by dense matrices: its inverse, the system of the quadratic model, the model's value."""
@@ -676,17 +700,29 @@ def test_updates_that_cannot_be() -> None:
 # ----------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("name", PRESETS)
-def test_dead_layers_one_sample_and_no_damping(name: str) -> None:
-    """Documented values, never a NaN."""
-    net, params, x, y = problem()
-    params = tuple(w.copy() for w in params)
-    params[0][2] = 0.0
-    params[1][2] = 0.0
+def test_bad_members_hurt_nobody(name: str, samples: int) -> None:
+    """A dead layer, saturated outputs, inputs of zero, few samples, no damping; a NaN is its member's own."""
+    net, rng = MLP((3, 6, 5, 3), likelihood="categorical"), np.random.default_rng(0)
+    x, y = rng.standard_normal((5, samples, 3)), rng.integers(0, 3, (5, samples))
+    params, noise = net.init(0, (5,), like=x), rng.standard_normal((3, 1, 5, samples, 3, 2))
+    params[1][1] = 0.0
+    params[2][2] *= 1e3
+    x[3] = 0.0
+    x[4, 0, 0] = np.nan
     undamped = {} if name in ("sgd", "adam", "ng_sgd") else {"damping": 0.0}
     for optimizer in (PRESETS[name](), PRESETS[name](**undamped)):
-        new, _, _ = step_of(optimizer, net, params, x[:1], y[:1], np.random.default_rng(0))
-        assert all(np.isfinite(w).all() for w in new)
+        drawn = noise[..., : int(np.ceil(optimizer.estimate.share * samples)), :, :]
+        together, info = train(optimizer, net, params, x, y, 3, drawn)
+        alone, _ = train(optimizer, net, tuple(w[0] for w in params), x[0], y[0], 3, drawn[:, :, 0])
+        assert np.isnan(info.loss).tolist() == [False] * 4 + [True]
+        for w, single in zip(together, alone, strict=True):
+            assert relative(w[0], single) <= 1e-8
+            assert np.isfinite(w[:4]).all()
+        # A step to NaN is made, or taken back where steps that do harm are.
+        rejects = getattr(optimizer.damping, "reject", False)
+        assert all(np.isnan(w[4]).any() != rejects for w in together)
 
 
 @pytest.mark.parametrize(
@@ -745,8 +781,13 @@ def test_steps_that_cannot_be() -> None:
         step_of(opts.kfac(weight_decay=-1), net, params, x, y, 0)
     with pytest.raises(ValueError, match=r"weight_decay must have a shape that broadcasts to the batch shape \(4,\)"):
         step_of(opts.kfac(weight_decay=np.ones(3)), net, params, x, y, 0)
-    with pytest.raises(ValueError, match=r"y must"):
+    with pytest.raises(ValueError, match=r"y must have shape"):
         optimizer.step(net, params, state, x, y[:, :1], 0)
+    with pytest.raises(ValueError, match=r"x must hold at least one sample, got shape \(0, 3\)"):
+        optimizer.step(net, params, state, x[:0], y[:0], 0)
+    classes = MLP((3, 5, 2), likelihood="categorical")
+    with pytest.raises(ValueError, match="y must hold classes from 0 to 1"):
+        optimizer.step(classes, params, state, x, np.full(20, 2), 0)
 
 
 def test_convolutions_train() -> None:

@@ -79,17 +79,19 @@ def test_what_goes_wrong_in_a_piece_is_raised() -> None:
         _arrays.in_pieces(fail, (np.ones((12, 16, 16)),), [(16, 16)])
 
 
-@pytest.mark.parametrize("n", [8, 65])
+@pytest.mark.parametrize(("n", "pieces"), [(8, 21), (16, 21), (65, 1)])
 @pytest.mark.usefixtures("small_pieces")
-def test_matrices_too_small_or_too_large_stay_together(n: int) -> None:
+def test_large_matrices_stay_together_and_small_ones_are_cut_to_a_quarter(n: int, pieces: int) -> None:
     lengths = []
 
-    def keep(a: Any) -> tuple[Any]:
+    def keep(a: Any, _: Any) -> tuple[Any]:
         lengths.append(a.shape[0])
         return (a,)
 
-    _arrays.in_pieces(keep, (np.ones((40, n, n)),), [(n, n)])
-    assert lengths == [40]
+    # A matrix that all share counts for nothing.
+    _arrays.in_pieces(keep, (np.ones((40, n, n)), np.ones((99, 99))), [(n, n)])
+    assert sum(lengths) == 40
+    assert len(lengths) == pieces
 
 
 def test_threads_follow_the_limits_of_blas(monkeypatch: pytest.MonkeyPatch) -> None:

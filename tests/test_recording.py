@@ -107,12 +107,13 @@ def problem(batch: int, name: str) -> tuple[nn.Network, tuple[np.ndarray, ...], 
     return net, net.init(0, (batch,), like=x), x, y[net.likelihood.name]
 
 
-def of_optimizer(make: Callable[[], Any]) -> Callable[[int], Callable[[], Any]]:
+def of_optimizer(make: Callable[..., Any]) -> Callable[[int], Callable[[], Any]]:
     """One step of an optimizer."""
 
     def of(batch: int) -> Callable[[], Any]:
         net, params, x, y = problem(batch, "MLP")
-        optimizer = make()
+        # With a share of the batch one scalar decides whether its loss is enough, and any member may say no.
+        optimizer = make(**({"share": 1.0} if "share" in inspect.signature(make).parameters else {}))
         state, rng = optimizer.init(net, params), np.random.default_rng(0)
         return lambda: optimizer.step(net, params, state, x, y, rng)
 
@@ -122,7 +123,8 @@ def of_optimizer(make: Callable[[], Any]) -> Callable[[int], Callable[[], Any]]:
 def train(members: int) -> None:
     """A few steps with averages, draws from the model, minibatches, and a member that comes to rest."""
     net, params, x, y = problem(members, "MLP")
-    options: dict[str, Any] = {"optimizer": opts.kfac(), "steps": 2, "batch_size": 3, "rng": 0, "record_every": 2}
+    options: dict[str, Any] = {"optimizer": opts.kfac(share=1.0), "steps": 2, "batch_size": 3, "rng": 0}
+    options["record_every"] = 2
     ng.simulation.simulate_training(net, params, (x, y), freeze_converged=1e3, **options)
 
 

@@ -208,7 +208,7 @@ def publish(app: Sphinx, config: Any) -> None:
     repository = (ROOT / ".git").exists()
     if not results() or not repository or importlib.util.find_spec("asv") is None:
         return
-    folder = Path(app.doctreedir).parent / ".asv"
+    folder = Path(app.doctreedir) / "asv"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     settings = json.loads((BENCHMARKS / "asv.conf.json").read_text(encoding="utf-8"))

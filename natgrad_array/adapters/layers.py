@@ -141,7 +141,7 @@ def precondition(
         )
     if inverse == "root":
         # How many samples the factors are of is not known: whatever has no eigenvalue is dropped.
-        return tuple(root_damped(block, shift, 0, 0).matvec(g) for block, g in zip(blocks, given, strict=True))
+        return tuple(root_damped(block, shift).matvec(g) for block, g in zip(blocks, given, strict=True))
     return tuple(block.damped_inverse(shift).matvec(g) for block, g in zip(blocks, given, strict=True))
 
 

@@ -167,7 +167,7 @@ def demo_command(
 
 @app.command("train")
 def train_command(
-    preset: Annotated[str, typer.Option("--preset", help="Optimizer, by its preset's name.")] = "natural_gradient",
+    preset: Annotated[str, typer.Option("--preset", help=f"Optimizer: {', '.join(PRESETS)}.")] = "natural_gradient",
     task: Annotated[str, typer.Option("--task", help="autoencoder or classify.")] = "autoencoder",
     hidden: Annotated[
         str, typer.Option("--hidden", help="Widths of the hidden layers, such as 100,50,100.")
@@ -243,6 +243,8 @@ def train_command(
         soft_wrap=True,
     )
     screen.print(train.table(history, preset))
+    if task == "classify":
+        screen.print(f"\n{train.classified(net, history.params, samples)}")
     taken = history.step[-1]
     if taken:
         screen.print(f"\n{taken} steps recorded, {1e3 * history.seconds[-1] / taken:.1f} ms each for the ensemble.")

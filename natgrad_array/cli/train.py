@@ -228,6 +228,14 @@ def table(history: History, preset: str) -> Table:
     return result
 
 
+def classified(net: Network, params: tuple[Host, ...], samples: Split) -> str:
+    """How many of the images held back each network puts in their class."""
+    share = 100.0 * np.mean(net.output(params, samples.test_x).argmax(axis=-1) == samples.test_y, axis=-1)
+    return (
+        f"Held back and classified right: {np.median(share):.1f} % in the median, {share.min():.1f}–{share.max():.1f}."
+    )
+
+
 def write(folder: Path, history: History, about: dict[str, Any], title: str) -> list[Path]:
     """Write the parameters and the history as plain arrays, the history as a table too, and a figure."""
     arrays: dict[str, Host] = {

@@ -196,16 +196,34 @@ class Estimate:
         return tuple(self._pair(rows, errors) for rows, errors in zip(statistics.rows, deltas, strict=True))
 
     def _pair(self, rows: Array, errors: Array | None) -> Kronecker:
+        forward, backward = self.samples(rows, errors)
+        return Kronecker(_gram(*forward), None if backward is None else _gram(*backward))
+
+    def samples(self, rows: Array, errors: Array | None) -> tuple[tuple[Array, int], tuple[Array, int] | None]:
+        """Give what the two moments of a layer are sums over.
+
+        Parameters
+        ----------
+        rows : array, shape (*batch, N, T, n + 1)
+            Homogeneous inputs.
+        errors : array, shape (K, *batch, N, T, m), or None
+            Errors.
+
+        Returns
+        -------
+        forward, backward : pairs of an array and an int, or None
+            Rows, of shapes (*batch, N T, n + 1) and (*batch, K N T, m), and what the sum of
+            their outer products is divided by.
+        """
         rows, errors = self.as_samples(rows, errors)
-        positions = rows.shape[-2]
-        forward = moment(rows)
+        xp, (*batch, count, positions, n) = _arrays.namespace(rows), rows.shape
+        forward = xp.reshape(rows, (*batch, count * positions, n)), count
         if errors is None:
-            return Kronecker(forward, None)
-        xp = _arrays.namespace(errors)
+            return forward, None
         # The error directions become samples too, of which N make a mean.
         stacked = xp.moveaxis(errors, 0, -4) if errors.shape[0] > 1 else errors[0, ..., None, :, :, :]
-        flat = xp.reshape(stacked, (*stacked.shape[:-4], math.prod(stacked.shape[-4:-1]), stacked.shape[-1]))
-        return Kronecker(forward, _gram(flat, errors.shape[-3] * positions))
+        shape = (*stacked.shape[:-4], math.prod(stacked.shape[-4:-1]), stacked.shape[-1])
+        return forward, (xp.reshape(stacked, shape), count * positions)
 
     def as_samples(self, rows: Array, errors: Array | None) -> tuple[Array, Array | None]:
         """Reduce the positions of a convolution to one, if that is how they enter.
@@ -322,13 +340,6 @@ class InputsOnly(Estimate):
 
     def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> None:
         return None
-
-
-def moment(rows: Array) -> Array:
-    """⟨ā āᵀ⟩, the mean over samples of the sum over positions: (*batch, N, T, n) to (*batch, n, n)."""
-    xp = _arrays.namespace(rows)
-    *batch, samples, positions, n = rows.shape
-    return _gram(xp.reshape(rows, (*batch, samples * positions, n)), samples)
 
 
 def _gram(flat: Array, count: int) -> Array:

@@ -348,45 +348,60 @@ class FactoredTikhonov(ByFactors):
 class RootDamped(ByFactors):
     """Every eigenvalue λ of both factors inverted as 1/(λ + √damping), what no sample reaches dropped.
 
-    The rule of Bernacchia, Lengyel and Hennequin's own experiments (2018).
+    The rule of Bernacchia, Lengyel and Hennequin's own experiments (2018). Fewer samples than
+    directions are worked on themselves, as a Gram matrix has their eigenvalues too.
     """
 
     def refresh(
         self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
     ) -> Any:
-        if statistics is None:
-            # Only sums are known, not how many samples are in them.
-            return tuple(root_damped(block, at.scalar, 0, 0) for block in moments)
-        counts = [rows.shape[-3] * rows.shape[-2] for rows in statistics.rows]
-        draws = 1 if statistics.deltas is None else int(statistics.deltas[0].shape[0])
-        return tuple(
-            root_damped(block, at.scalar, count, count * draws) for block, count in zip(moments, counts, strict=True)
-        )
+        if statistics is None or estimate.average > 0.0:
+            # Only sums are known, not what is in them; an average is of more than this batch.
+            return tuple(root_damped(block, at.scalar) for block in moments)
+        deltas = (None,) * len(moments) if statistics.deltas is None else statistics.deltas
+        samples = (estimate.samples(rows, delta) for rows, delta in zip(statistics.rows, deltas, strict=True))
+        return tuple(root_damped(block, at.scalar, *sides) for block, sides in zip(moments, samples, strict=True))
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
         return multiply(prepared, at.gradient), prepared
 
 
-def root_damped(block: Kronecker, damping: float | Array, samples: int, errors: int) -> Kronecker:
-    """The rule of `RootDamped` for one layer; fewer samples than directions leave some without any."""
+Samples = tuple[Array, int]
+
+
+def root_damped(
+    block: Kronecker, damping: float | Array, forward: Samples | None = None, backward: Samples | None = None
+) -> Kronecker:
+    """The rule of `RootDamped` for one layer; what its moments are sums over, if that is known, and the divisors."""
     xp, shift = _arrays.namespace(block.forward), damping**0.5
-    forward = _root_damped(xp, block.forward, shift, samples)
+    inverse = _root_damped(xp, block.forward, shift, forward)
     if block.backward is None:
         # Every eigenvalue of the identity is 1.
-        return Kronecker(forward / (1.0 + shift), None)
-    return Kronecker(forward, _root_damped(xp, block.backward, shift, errors))
+        return Kronecker(inverse / (1.0 + shift), None)
+    return Kronecker(inverse, _root_damped(xp, block.backward, shift, backward))
 
 
-def _root_damped(xp: Namespace, a: Array, shift: float | Array, samples: int) -> Array:
+def _root_damped(xp: Namespace, a: Array, shift: float | Array, samples: Samples | None) -> Array:
+    many = samples is not None and samples[0].shape[-2] >= a.shape[-1]
     shared = a.ndim == 2 and not isinstance(shift, float) and shift.ndim > 2
-    if samples >= a.shape[-1] and not shared:
+    if many and not shared:
         # As many samples as directions: what none of them reaches, their gradient does not either.
         return linalg.shifted_inverse(xp, a, shift)
     # What all members share is decomposed once, whatever their dampings.
-    values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a), None)
+    if many or samples is None:
+        values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a), None)
+        kept = kept & (values > 0.0)
+        rows = vectors.mT
+    else:
+        flat, count = samples
+        cutoff = a.shape[-1] * _arrays.eps(xp, a)
+        values, vectors, kept = linalg.eigh_kept(xp, _arrays.gram(xp, flat.mT, count), cutoff)
+        kept = kept & (values > 0.0)
+        lengths = xp.sqrt(count * xp.where(kept, values, 1.0))
+        rows = (vectors.mT @ flat) / lengths[..., None]
     shift = shift if isinstance(shift, float) else shift[..., 0]
-    scaled = linalg.reciprocal(xp, values + shift, kept & (values > 0.0))
-    return (vectors * scaled[..., None, :]) @ vectors.mT
+    scaled = linalg.reciprocal(xp, values + shift, kept)
+    return rows.mT @ (scaled[..., None] * rows)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from natgrad_array.networks.network import Network, Params
 from natgrad_array.optimizers.estimates import Estimate, InputsOnly, Statistics, weighted
 from natgrad_array.optimizers.inverses import Context, Identity, Inverse, Tangent
 from natgrad_array.optimizers.preconditioner import Preconditioner
-from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, Scaling, decays, dot
+from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, Scaling, decays, dot, part_size
 
 
 class OptimizerState(NamedTuple):
@@ -48,13 +48,14 @@ class StepInfo(NamedTuple):
     loss : array, shape (*batch,)
         Of the batch before the step, in nats per sample, a penalty included.
     new_loss : array, shape (*batch,), or None
-        Of the same batch after it, where the damping policy asked for it.
+        Of the same batch after it, where the damping policy asked for it; in steps that do
+        not change the damping, by what happened to a part of the batch.
     rate : array, shape (*batch,)
         How much of the direction was taken.
     damping : array, shape (*batch,)
         Of this step.
     ratio : array, shape (*batch,), or None
-        Actual over predicted reduction of the loss.
+        Actual over predicted reduction of the loss, the actual one as in `new_loss`.
     accepted : array of bool, shape (*batch,), or None
         Whether the step was made.
     ranks : tuple of pairs of arrays, shapes (*batch,)
@@ -287,7 +288,18 @@ class Optimizer:
         gradient = _gradient(net, given, trace, y) if gradient is None else gradient
         at = self._context(net, given, x, trace, gradient, state)
         statistics = self.estimate.observe(net, given, trace, y, rng) if self.inverse.uses_statistics else None
-        return self._advance(at, state, statistics, loss, lambda new: net.likelihood.loss(net.output(new, x), y))
+
+        def evaluate(new: Tangent) -> Array:
+            return net.likelihood.loss(net.output(new, x), y)
+
+        def glance(new: Tangent, share: float) -> tuple[Array, Array]:
+            part = slice(part_size(trace, share))
+            some = x[(..., part, *(slice(None),) * len(net.layers[0].input_shape))]
+            targets = y[..., part] if net.likelihood.name == "categorical" else y[..., part, :]
+            before = net.likelihood.loss(trace.output[..., part, :], targets)
+            return before, net.likelihood.loss(net.output(new, some), targets)
+
+        return self._advance(at, state, statistics, loss, evaluate, glance)
 
     def _context(
         self, net: Any, params: Tangent, x: Any, trace: Any, gradient: Tangent, state: OptimizerState
@@ -307,13 +319,15 @@ class Optimizer:
         statistics: Statistics | None,
         loss: Array | None,
         evaluate: Callable[[Tangent], Array] | None,
+        glance: Callable[[Tangent, float], tuple[Array, Array]] | None = None,
         elsewhere: tuple[Any, Any] | None = None,
     ) -> tuple[Tangent, OptimizerState, StepInfo]:
         """A step from what is known of a batch; without a loss the damping stays as it is.
 
-        Moments and the inverse come from the statistics, or were made elsewhere. The network
-        in `at` needs no more than a likelihood and `tangent`: adapters to other frameworks
-        bring one of their own.
+        `evaluate` gives the loss of the batch at new parameters, `glance` that of a part of it
+        before and after. Moments and the inverse come from the statistics, or were made
+        elsewhere. The network in `at` needs no more than a likelihood and `tangent`: adapters
+        to other frameworks bring one of their own.
         """
         xp, loss = at.xp, None if loss is None else _penalised(at, loss, at.params)
         moments, prepared = self._prepare(state, at, statistics) if elsewhere is None else elsewhere
@@ -325,7 +339,7 @@ class Optimizer:
         new_loss = ratio = accepted = None
         if evaluate is not None and isinstance(self.damping, LevenbergMarquardt):
             predicted = self.damping.predicted(made, direction, at)
-            new_loss = _penalised(at, evaluate(new), new)
+            new_loss = self._evaluated(at, loss, new, evaluate, glance)
             damping, ratio, accepted = self.damping.judge(loss, new_loss, predicted, at)
             if self.damping.reject:
                 made_ones = accepted[..., None, None]
@@ -334,6 +348,24 @@ class Optimizer:
         info = StepInfo(loss, new_loss, made.rate, state.damping, ratio, accepted, self.inverse.ranks(prepared))
         prepared = prepared if self._keeps_prepared else ()
         return new, OptimizerState(state.count + 1.0, damping, moments, prepared, change), info
+
+    def _evaluated(self, at: Context, loss: Any, new: Tangent, evaluate: Any, glance: Any) -> Array:
+        """The loss after a step; where a glance is enough, as the part of the batch says."""
+        policy, xp = self.damping, at.xp
+        assert isinstance(policy, LevenbergMarquardt)
+
+        def whole() -> Array:
+            return _penalised(at, evaluate(new), new)
+
+        if glance is None or policy.every == 1 or policy.share == 1.0:
+            return whole()
+        before, after = glance(new, policy.share)
+        change = _penalised(at, after, new) - _penalised(at, before, at.params)
+        # Not "rises", so that a NaN has to be looked at. Each member's own part decides for it.
+        doubtful = ~(change <= 0.0) | policy.due(at)
+        return _arrays.branch(
+            xp.any(doubtful), lambda: xp.where(doubtful, whole(), loss + change), lambda: loss + change
+        )
 
     @_arrays.quiet
     def update(

@@ -43,6 +43,19 @@ class ParallelState(NamedTuple):
     waiting: Any
 
 
+class _Shard(NamedTuple):
+    """Futures of inputs and targets, and where they are worked on."""
+
+    x: Any
+    y: Any
+    where: dict[str, Any]
+
+
+def _near(worker: str) -> dict[str, Any]:
+    """Options for a task that belongs on a worker, or on others if that one is gone."""
+    return {"workers": [worker], "allow_other_workers": True} if worker else {}
+
+
 @dataclass(frozen=True)
 class DataParallel:
     """An optimizer whose batches are spread over the workers of a Dask cluster.
@@ -178,26 +191,35 @@ class DataParallel:
         _, given = _check(net, params)
         _check_state(state.optimizer)
         check_client(self.client)
-        cuts = self._cuts(net, x, y)
+        first, *others = sorted(self.client.nthreads()) or [""]
+        cuts = self._cuts(net, x, y, len(others))
         noise = self._noise(net, given, x, cuts[-1], rng)
         try:
-            return self._step(net, given, state, self._shards(net, x, y, cuts), noise, cuts)
+            shards = self._shards(net, x, y, cuts, others or [first])
+            return self._step(first, net, given, state, shards, noise, cuts)
         except Exception as error:
             if self.client.status == "running":
                 raise
             raise ConnectionError("the cluster of the client is gone; params and state are as they were") from error
 
     def _step(
-        self, net: Network, given: Tangent, state: ParallelState, shards: list[Any], noise: Any, cuts: list[int]
+        self,
+        inverter: str,
+        net: Network,
+        given: Tangent,
+        state: ParallelState,
+        shards: list[_Shard],
+        noise: Any,
+        cuts: list[int],
     ) -> tuple[Tangent, ParallelState, StepInfo]:
         opt, before = self.optimizer, state.optimizer
         params = keep(self.client, given)
         axis = -2 if net.likelihood.name == "gaussian" else -3
         looks = []
-        for (x, y), cut in zip(shards, itertools.pairwise(cuts), strict=True):
+        for (x, y, where), cut in zip(shards, itertools.pairwise(cuts), strict=True):
             part = None if noise is None else _samples_of(noise, *cut, axis)
-            looks.append(self._submit(_look, opt, net, params, x, y, part))
-        total = self._sum(looks).result()
+            looks.append(submit(self.client, _look, opt, net, params, x, y, part, **where))
+        total = self._sum(looks)
         count = cuts[-1]
         loss, gradient, sums = _mapped(lambda a: a / count, total)
         at = opt._context(net, given, None, None, gradient, before)
@@ -207,7 +229,7 @@ class DataParallel:
             moments = opt._averaged(before, at, sums)
             if state.steps % opt.refresh == 0:
                 bare = at._replace(net=None, params=(), gradient=(), previous=())
-                future = self._submit(_invert, opt, prepared, moments, params, bare, own=True)
+                future = submit(self.client, _invert, opt, prepared, moments, params, bare, **_near(inverter))
                 waiting = (*waiting, (state.steps + self.staleness if state.steps else 0, future))
             ready = [future for step, future in waiting if step <= state.steps]
             waiting = tuple((step, future) for step, future in waiting if step > state.steps)
@@ -216,29 +238,22 @@ class DataParallel:
 
         def evaluate(new: Tangent) -> Array:
             moved = keep(self.client, new)
-            losses = [self._submit(_loss, net, moved, x, y) for x, y in shards]
-            return self._sum(losses).result()[0] / count
+            losses = [submit(self.client, _loss, net, moved, x, y, **where) for x, y, where in shards]
+            return self._sum(losses)[0] / count
 
-        new, after, info = opt._advance(at, before, None, loss, evaluate, made)
+        new, after, info = opt._advance(at, before, None, loss, evaluate, elsewhere=made)
         return new, ParallelState(after, state.steps + 1, prepared, waiting), info
 
-    # ---------------------------------------------------------------------- the cluster
-
-    def _submit(self, function: Callable[..., Any], *arguments: Any, own: bool = False) -> Any:
-        """Have a worker do something: the one for inverses, or one of the others."""
-        first, *others = sorted(self.client.nthreads())
-        workers = [first] if own or not others else others
-        return submit(self.client, function, *arguments, workers=workers, allow_other_workers=True)
-
     def _sum(self, parts: list[Any]) -> Any:
+        """Add up by a tree, and bring the sum here."""
         while len(parts) > 1:
             groups = [parts[k : k + _FAN_IN] for k in range(0, len(parts), _FAN_IN)]
-            parts = [self._submit(_total, group) for group in groups]
-        return parts[0]
+            parts = [submit(self.client, _total, group) for group in groups]
+        return parts[0].result()
 
     # --------------------------------------------------------------------------- shards
 
-    def _cuts(self, net: Network, x: Any, y: Any) -> list[int]:
+    def _cuts(self, net: Network, x: Any, y: Any, workers: int) -> list[int]:
         """Where shards begin, and how many samples there are."""
         axis = -len(net.layers[0].input_shape) - 1
         if not _arrays.is_dask(x):
@@ -246,7 +261,7 @@ class DataParallel:
             samples = x.shape[axis]
             if y.shape[_target_axis(net)] != samples:
                 raise ValueError(f"y must have the {samples} samples of x, got shape {tuple(y.shape)}")
-            shards = max(1, min(samples, len(self.client.nthreads()) - 1))
+            shards = max(1, min(samples, workers))
             return [samples * k // shards for k in range(shards + 1)]
         chunks = x.chunks[axis]
         same = _arrays.is_dask(y) and y.chunks[_target_axis(net)] == chunks
@@ -254,14 +269,15 @@ class DataParallel:
             raise ValueError("x and y must be Dask arrays in the same chunks of samples, and whole along other axes")
         return [0, *itertools.accumulate(int(n) for n in chunks)]
 
-    def _shards(self, net: Network, x: Any, y: Any, cuts: list[int]) -> list[tuple[Any, Any]]:
+    def _shards(self, net: Network, x: Any, y: Any, cuts: list[int], workers: list[str]) -> list[_Shard]:
         if _arrays.is_dask(x):
-            blocks = [list(array.to_delayed().ravel()) for array in (x, y)]
-            return list(zip(*(self.client.compute(part) for part in blocks), strict=True))
+            blocks = [self.client.compute(list(array.to_delayed().ravel())) for array in (x, y)]
+            return [_Shard(a, b, {}) for a, b in zip(*blocks, strict=True)]
         found, axis = [], -len(net.layers[0].input_shape) - 1
-        for cut in itertools.pairwise(cuts):
-            pair = _samples_of(x, *cut, axis), _samples_of(y, *cut, _target_axis(net))
-            found.append(tuple(keep(self.client, array) for array in pair))
+        for cut, worker in zip(itertools.pairwise(cuts), itertools.cycle(workers), strict=False):
+            where = _near(worker)
+            inputs = keep(self.client, _samples_of(x, *cut, axis), **where)
+            found.append(_Shard(inputs, keep(self.client, _samples_of(y, *cut, _target_axis(net)), **where), where))
         return found
 
     def _noise(self, net: Network, params: Tangent, x: Any, samples: int, rng: Any) -> Array | None:

@@ -37,7 +37,7 @@ def natural_gradient(
         α, of which each layer takes one L-th.
     damping : float or array of shape (*batch,)
         The first one; it grows by 1.5 where the loss falls by less than a quarter of what
-        was predicted, and shrinks to two thirds where by more than three quarters.
+        was predicted, and shrinks to two thirds where by more than three quarters. 0 stays 0.
     n_samples : int
         Targets drawn from the model for each input.
     prediction : {"block_diagonal", "exact"}

@@ -41,7 +41,7 @@ def dot(xp: Namespace, a: Tangent, b: Tangent) -> Array:
     """Inner product of two tangents, member by member."""
     total: Array = 0.0
     for u, v in zip(a, b, strict=True):
-        total = total + xp.sum(u * v, axis=(-2, -1))
+        total = total + xp.sum(xp.linalg.vecdot(u, v), axis=-1)
     return total
 
 
@@ -243,9 +243,13 @@ def _mixed(
 
 def part_of(at: Context, share: float) -> Trace:
     """The trace of the first part of the batch."""
-    samples = int(at.trace.output.shape[-2])
-    part = max(1, math.ceil(share * samples))
-    return at.trace if part == samples else _first(at.net, at.trace, part)
+    part = part_size(at.trace, share)
+    return at.trace if part == at.trace.output.shape[-2] else _first(at.net, at.trace, part)
+
+
+def part_size(trace: Trace, share: float) -> int:
+    """How many samples a share of the batch is."""
+    return max(1, math.ceil(share * int(trace.output.shape[-2])))
 
 
 # --------------------------------------------------------------------------------- damping
@@ -327,7 +331,10 @@ class LevenbergMarquardt(Damping):
     reject : bool
         Whether a step that raises the loss, or makes it NaN, is taken back.
     share : float
-        The part of the batch that products with F are computed on, in (0, 1].
+        The part of the batch that products with F are computed on, in (0, 1]. In steps that
+        do not change the damping, one that lowers the loss of this part is taken to lower
+        that of the batch; where it does not, the whole batch decides. On eager arrays that
+        costs a scalar brought to the host.
     minimum : float
         The damping never falls below it.
     """
@@ -409,6 +416,20 @@ class LevenbergMarquardt(Damping):
         damping = xp.where(bad, self.grow * at.damping, xp.where(good, self.shrink * at.damping, at.damping))
         damping = xp.where(damping < self.minimum, self.minimum, damping)
         if self.every > 1:
-            due = ((at.count + 1.0) % self.every == 0.0) | ~accepted
-            damping = xp.where(due, damping, at.damping)
+            damping = xp.where(self.due(at) | ~accepted, damping, at.damping)
         return Verdict(damping, ratio, accepted)
+
+    def due(self, at: Context) -> Array:
+        """Say whether this is a step that changes the damping.
+
+        Parameters
+        ----------
+        at : Context
+            Where the step is made.
+
+        Returns
+        -------
+        array of bool, shape ()
+            True in every `every`-th step.
+        """
+        return (at.count + 1.0) % self.every == 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def there(client: Any) -> Callable[[Job, Sink, Ledger, Bar], None]:
         watch = _Watch(client, job, sink, ledger, bar)
         try:
             todo = ledger.todo()
-            if ledger.begun is not None:
+            if watch.begun is not None:
                 # A store takes records in their order: the piece that it has a part of comes before all others.
                 watch.go(todo[:1])
                 del todo[0]
@@ -59,7 +60,7 @@ def there(client: Any) -> Callable[[Job, Sink, Ledger, Bar], None]:
         except BaseException:
             # What has come stays, whatever ends the run; in the middle of a piece the last checkpoint stands.
             if not watch.is_taking:
-                ledger.save()
+                watch.save()
             raise
         finally:
             watch.close()
@@ -72,8 +73,8 @@ class _Watch:
 
     def __init__(self, client: Any, job: Job, sink: Sink, ledger: Ledger, bar: Bar) -> None:
         self.client, self.job, self.sink, self.ledger, self.bar = client, job, sink, ledger, bar
-        self.running: dict[Any, tuple[int, int]] = {}
-        self.is_taking = False
+        self.running: dict[Any, tuple[int, int, str | None]] = {}
+        self.is_taking, self.begun = False, ledger.begun
         self.dtype = dtype_name(job.load.ensemble.like)
         self.shared = keep(client, job._replace(load=job.load.sent(), title=None))
 
@@ -81,15 +82,21 @@ class _Watch:
         """Have pieces simulated, and hand them on in the order in which they end."""
         left = iter(todo)
         while True:
-            room = max(1, _AHEAD * self._asked(lambda: threads(self.client)) - len(self.running))
+            workers = self._asked(self.client.nthreads)
+            room = max(1, _AHEAD * sum(workers.values()) - len(self.running))
             for index in itertools.islice(left, room):
-                self._send(index)
+                self._send(index, workers)
             if not self.running:
                 return
             for future in self._some():
                 self._take(future)
             if self.ledger.due():
-                self.ledger.save()
+                self.save()
+
+    def save(self) -> None:
+        """Make a checkpoint; a piece that has begun before stays where it was until it has ended."""
+        waits = self.begun is not None and self.begun.piece not in self.ledger.finished
+        self.ledger.save(self.begun if waits else None)
 
     def close(self) -> None:
         """Let the cluster forget what is not needed any more."""
@@ -98,13 +105,20 @@ class _Watch:
                 future.cancel()
         self.running = {}
 
-    def _send(self, index: int) -> None:
+    def _send(self, index: int, workers: Mapping[str, int]) -> None:
+        """Give a piece to the worker that has the fewest for its threads.
+
+        Dask alone would give most of them to the one that has what all pieces share.
+        """
         load, piece = self.job.load, self.job.pieces[index]
         layers = None if load.ensemble.constructor is not None else load.ensemble.layers(piece.start, piece.stop)
         begun = self.ledger.take_begun(index)
         arguments = self.shared, index, layers, begun, self.dtype
-        future = self._asked(lambda: submit(self.client, simulate_piece, *arguments))
-        self.running[future] = (index, 0 if begun is None else begun.record)
+        busy = Counter(worker for _, _, worker in self.running.values())
+        worker = min(workers, key=lambda name: (busy[name] + 1) / workers[name], default=None)
+        where = {} if worker is None else {"workers": [worker], "allow_other_workers": True}
+        future = self._asked(lambda: submit(self.client, simulate_piece, *arguments, **where))
+        self.running[future] = (index, 0 if begun is None else begun.record, worker)
 
     def _some(self) -> Iterable[Any]:
         """Pieces that have ended, at least one."""
@@ -118,7 +132,7 @@ class _Watch:
                     raise self._gone(f"has had no workers for {WORKER_SECONDS:g} s") from None
 
     def _take(self, future: Any) -> None:
-        index, record = self.running[future]
+        index, record, _ = self.running[future]
         piece = self.job.pieces[index]
         if future.status == "error":
             self._fail(future, piece)
