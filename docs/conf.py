@@ -85,4 +85,5 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"index": [], "start": [], "performance": []}
+# Pages with wide tables and no neighbours.
+html_sidebars = {name: [] for name in ("index", "start", "performance", "theory", "comparison")}
