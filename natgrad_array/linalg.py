@@ -318,8 +318,15 @@ def _none_factors(xp: Namespace, a: Array) -> bool:
 
 
 def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
-    values, vectors, kept = eigh_kept(xp, symmetric_part(a), rtol)
-    return symmetric_part((vectors * reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT)
+    def of(part: Array, *cutoffs: Array) -> tuple[Array]:
+        own = rtol if rtol is None or isinstance(rtol, float) else cutoffs[0][..., 0, 0]
+        values, vectors, kept = eigh_kept(xp, symmetric_part(part), own)
+        return (symmetric_part((vectors * reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT),)
+
+    own = () if rtol is None or isinstance(rtol, float) else (rtol[..., None, None],)
+    n = int(a.shape[-1])
+    # Decompositions of larger matrices have threads within, which would wait for each other.
+    return _arrays.in_pieces(of, (a, *own), [(n, n)])[0] if n < 16 else of(a, *own)[0]
 
 
 def _inverse_of_factored(xp: Namespace, factor: Array) -> Array:
