@@ -37,7 +37,7 @@ TINY = {
     "layerwise": {"sizes": (6, 5, 4), "batch": 3, "weights": "orthogonal", "noise": "general"},
     "small": {"sizes": (4, 4, 4), "batch": 1, "weights": "orthogonal"},
     "exact": {"sizes": (6, 5, 4), "batch": 3, "weights": "orthogonal"},
-    "simulation": {"sizes": (4, 4, 4, 4), "batch": 3, "weights": "orthogonal", "steps": 5},
+    "simulation": {"sizes": (4, 4, 4, 4), "batch": 3, "steps": 5},
     "moore-penrose": {"sizes": (4, 4, 4, 4), "batch": 2, "weights": "orthogonal"},
     "covariance": {"batch": 3, "n": 20, "p": 4},
     "ledoit-wolf": {"batch": 3, "n": 20, "p": 4, "shrinkage": "ledoit_wolf"},

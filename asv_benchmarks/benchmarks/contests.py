@@ -193,11 +193,13 @@ def layerwise(
     return [*entries, _product(layers)]
 
 
-def simulation(
-    backend: Backend, dtype: str, *, sizes: tuple[int, ...], batch: int, weights: str, steps: int
-) -> list[Contestant]:
+def simulation(backend: Backend, dtype: str, *, sizes: tuple[int, ...], batch: int, steps: int) -> list[Contestant]:
     """Steps of the layerwise rule with the loss recorded at each; the same steps bare, and by loops of experts."""
-    layers, task, known = network(backend, dtype, sizes, batch, weights, "identity")
+    moments = problems.task(sizes[0], sizes[-1], "identity", dtype)
+    task = ng.GaussianTask(*to(backend, tuple(moments)))
+    host = peers.known(moments.moment, moments.noise, moments.cross)
+    known = to(backend, host)
+    layers = to(backend, problems.on_the_way(sizes, batch, host.optimum))
     rate, xp = 0.05, backend.xp
     minimum = task.minimum_loss()
 
@@ -529,7 +531,6 @@ CONTESTS: dict[str, Contest] = {
             "1024 x 16-16-16-16, 200 steps": {
                 "sizes": (16,) * 4,
                 "batch": 1024,
-                "weights": "orthogonal",
                 "steps": 200,
             }
         },

@@ -82,3 +82,17 @@ def weights(sizes: Shape, batch: int, kind: str, dtype: str) -> tuple[np.ndarray
         exact = ng.deep_linear.orthogonal(rng, sizes, (batch,), like=like)
         layers = tuple(q + 0.1 * w for q, w in zip(exact, layers, strict=True))
     return tuple(layer.astype(dtype) for layer in layers)
+
+
+def on_the_way(sizes: Shape, batch: int, optimum: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Balanced networks that reach an optimum W* along a straight line without a singular matrix on it.
+
+    They start from W* S with S symmetric and its eigenvalues between 0.3 and 1. From anywhere half
+    of all square networks would meet a singular one.
+    """
+    n = sizes[0]
+    rng = np.random.default_rng(sum(sizes))
+    basis = np.linalg.qr(rng.standard_normal((batch, n, n)))[0]
+    start = optimum.astype(np.float64) @ (basis * rng.uniform(0.3, 1.0, (batch, 1, n))) @ basis.mT
+    layers = ng.deep_linear.balanced(rng, sizes, (batch,), like=start, end_to_end=start)
+    return tuple(layer.astype(optimum.dtype) for layer in layers)

@@ -23,7 +23,16 @@ _MARK = "natgrad_array_groups"
 
 
 class Groups(Mapping[Any, History]):
-    """Histories by the keys of their groups; made by `simulate_groups`.
+    """Histories by the keys of their groups; made by `simulate_groups`, or of any histories.
+
+    Parameters
+    ----------
+    histories : mapping
+        By key, of `simulate` or `simulate_training`.
+    names : tuple of str
+        What keys, or their parts, stand for.
+    store : str, optional
+        The Zarr store that has a group for each of them.
 
     Attributes
     ----------

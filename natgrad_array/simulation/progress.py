@@ -10,7 +10,7 @@ from natgrad_array import _arrays
 from natgrad_array._arrays import Array
 from natgrad_array.simulation.datasets import need
 
-LOSSES = ("loss", "batch_loss", "excess_loss")
+LOSSES = ("loss", "training_loss", "held_out_loss", "excess_loss")
 """Records that the worst member is looked up in, the first that is there."""
 
 
