@@ -328,6 +328,14 @@ class Moments(NamedTuple):
         ValueError
             If shapes do not fit, there are no samples, or `weights` without batch axes hold
             a negative or non-finite entry or sum to 0 (not asked of lazy arrays).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> moments = ng.Moments.from_samples(np.asarray([[1.0], [3.0]]))
+        >>> moments.mean, moments.scatter
+        (array([2.]), array([[2.]]))
         """
         xp, x, weights = _check_weighted_samples(x, weights)
         n = x.shape[-2]
@@ -374,6 +382,14 @@ class Moments(NamedTuple):
             an array of dtype float32, float64 or an integer.
         ValueError
             If `features` or an entry of `batch_shape` is negative.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> x = np.asarray([[1.0], [3.0]])
+        >>> ng.Moments.empty(1, like=x).merge(ng.Moments.from_samples(x)).mean
+        array([2.])
         """
         xp = _arrays.check_arrays({"like": like}, integers=True)
         if not isinstance(batch_shape, tuple | list):
@@ -405,6 +421,14 @@ class Moments(NamedTuple):
             If `other` is not a Moments, or of another library or dtype.
         ValueError
             If the features differ, batch axes do not broadcast, or devices differ.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> moments = ng.Moments.from_samples(np.asarray([[1.0], [3.0]]))
+        >>> moments.merge(ng.Moments.from_samples(np.asarray([[8.0]]))).mean
+        array([4.])
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other must be a Moments, got {_arrays.describe(other)}")
@@ -447,6 +471,14 @@ class Moments(NamedTuple):
             If `factor` is neither a number nor an array of this library and dtype.
         ValueError
             If it is a number outside [0, 1], or its shape does not broadcast to the batch.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> moments = ng.Moments.from_samples(np.asarray([[1.0], [3.0]]))
+        >>> moments.discount(0.5).merge(ng.Moments.from_samples(np.asarray([[8.0]]))).mean
+        array([5.])
         """
         xp = _arrays.check_arrays({"self": self.mean})
         batch = tuple(self.weight.shape)
@@ -474,6 +506,14 @@ class Moments(NamedTuple):
         -------
         array, shape (*batch, p, p)
             In units of x squared, exactly symmetric; NaN in members without samples.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> moments = ng.Moments.from_samples(np.asarray([[1.0], [3.0]]))
+        >>> moments.second_moment()
+        array([[5.]])
         """
         xp = _arrays.check_arrays({"self": self.mean})
         weight = xp.where(self.weight > 0.0, self.weight, xp.nan)
@@ -500,6 +540,14 @@ class Moments(NamedTuple):
             If `correction` is not a number.
         ValueError
             If it is negative or not finite.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> moments = ng.Moments.from_samples(np.asarray([[1.0], [3.0]]))
+        >>> moments.covariance()
+        array([[1.]])
         """
         _check_number("correction", correction)
         correction = float(correction)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -232,5 +233,6 @@ def test_public_docstrings_have_the_sections(name):
     sections = re.findall(r"^ *(\w[\w ]*)\n *-{3,}$", text, re.MULTILINE)
     assert len(text.splitlines()[0]) > 20, "no summary"
     assert {"Parameters", "Attributes"} & set(sections), f"{name} does not say what it takes or holds"
+    assert inspect.isclass(resolve(f"ng.{name}")) or {"Returns", "Raises"} <= set(sections), name
     # A class that a function makes is shown in use by that function.
     assert "Examples" in sections or re.search(r"made by `\w+`", text.splitlines()[0]), f"{name} has no example"

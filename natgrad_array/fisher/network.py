@@ -138,6 +138,17 @@ class NetworkFisher:
         ------
         ValueError
             If it would not fit in memory, before anything is allocated.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1))
+        >>> params = (np.asarray([[2.0, 1.0]]),)
+        >>> x = np.asarray([[1.0], [3.0]])
+        >>> net.fisher(params, x).to_dense()
+        array([[5., 2.],
+               [2., 1.]])
         """
         size, like = self.n_parameters, self._trace.output
         self._check_fits("the dense Fisher matrix", (size, size), "use F.matvec, which never forms it")
@@ -336,6 +347,16 @@ class NetworkFisher:
         ------
         TypeError, ValueError
             If `rtol` is negative, or the matrix to decompose would not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1))
+        >>> params = (np.asarray([[2.0, 1.0]]),)
+        >>> x = np.asarray([[1.0], [3.0]])
+        >>> int(net.fisher(params, x[:1, :]).rank())
+        1
         """
         like = self._trace.output
         xp = _arrays.namespace(like)
@@ -359,6 +380,16 @@ class NetworkFisher:
         ------
         ValueError
             If the matrix to decompose would not fit in memory.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1))
+        >>> params = (np.asarray([[2.0, 1.0]]),)
+        >>> x = np.asarray([[1.0], [3.0]])
+        >>> bool(np.isclose(np.sum(net.fisher(params, x).spectrum()), 6.0))
+        True
         """
         return self._eigen(None, None).values
 

@@ -119,6 +119,14 @@ class Network:
         TypeError, ValueError
             If `batch_shape` is no shape, `like` is not a floating array, or `rng` is no
             source of randomness.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((4, 8, 3))
+        >>> [w.shape for w in net.init(0, (10,), like=np.empty(0))]
+        [(10, 8, 5), (10, 3, 9)]
         """
         xp = _arrays.check_arrays({"like": like})
         batch = check_integers("batch_shape", batch_shape, 0)
@@ -151,6 +159,17 @@ class Network:
         ------
         TypeError, ValueError
             If `params` or `x` do not fit the network or each other.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1))
+        >>> params = (np.asarray([[2.0, 1.0]]),)
+        >>> x = np.asarray([[1.0], [3.0]])
+        >>> net.output(params, x)
+        array([[3.],
+               [7.]])
         """
         _, params = self._check_params(params, x)
         return passes.forward(self.layers, self.activations, params, x, slopes=False).output
@@ -176,6 +195,16 @@ class Network:
         ------
         TypeError, ValueError
             If `params`, `x` or `y` do not fit the network or each other.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1))
+        >>> params = (np.asarray([[2.0, 1.0]]),)
+        >>> x = np.asarray([[1.0], [3.0]])
+        >>> bool(np.isclose(net.loss(params, x, np.asarray([[4.0], [7.0]])), 0.25))
+        True
         """
         return self.likelihood.loss(self.output(params, x), y)
 
@@ -201,6 +230,16 @@ class Network:
         ------
         TypeError, ValueError
             If `params`, `x` or `y` do not fit the network or each other.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1))
+        >>> params = (np.asarray([[2.0, 1.0]]),)
+        >>> x = np.asarray([[1.0], [3.0]])
+        >>> net.gradient(params, x, np.asarray([[4.0], [7.0]]))
+        (array([[-0.5, -0.5]]),)
         """
         trace = self.forward(params, x)
         errors = self.likelihood.residual(trace.output, y) / trace.output.shape[-2]
@@ -225,6 +264,17 @@ class Network:
         ------
         TypeError, ValueError
             If `params` or `x` do not fit the network or each other.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1))
+        >>> params = (np.asarray([[2.0, 1.0]]),)
+        >>> x = np.asarray([[1.0], [3.0]])
+        >>> net.fisher(params, x).to_dense()
+        array([[5., 2.],
+               [2., 1.]])
         """
         # The one import that points up: a method where users look for it.
         from natgrad_array.fisher import NetworkFisher

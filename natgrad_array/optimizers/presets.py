@@ -49,6 +49,11 @@ def natural_gradient(
     Optimizer
         The three choices.
 
+    Raises
+    ------
+    ValueError
+        If `n_samples` is below 1 or `prediction` is unknown.
+
     Notes
     -----
     Bernacchia, Lengyel and Hennequin (2018), main text, last section.
@@ -170,6 +175,11 @@ def ekfac(
     Optimizer
         The three choices.
 
+    Raises
+    ------
+    ValueError
+        If `refresh` is below 1, `average` not in [0, 1) or `share` not in (0, 1].
+
     Notes
     -----
     George, Laurent, Bouthillier, Ballas and Vincent (2018).
@@ -217,6 +227,11 @@ def tridiagonal_kfac(
     Optimizer
         The three choices, for networks of dense layers.
 
+    Raises
+    ------
+    ValueError
+        If `refresh` is below 1, `average` not in [0, 1) or `share` not in (0, 1].
+
     Notes
     -----
     Martens and Grosse (2015), section 4.3.
@@ -261,6 +276,11 @@ def ng_sgd(
     -------
     Optimizer
         The three choices.
+
+    Raises
+    ------
+    ValueError
+        If `momentum` is not in [0, 1), or a rank or `refresh` is below 1.
 
     Notes
     -----
@@ -309,6 +329,11 @@ def prong(
     Optimizer
         The three choices.
 
+    Raises
+    ------
+    ValueError
+        If `momentum` or `average` is not in [0, 1), or `refresh` is below 1.
+
     Notes
     -----
     Desjardins, Simonyan, Pascanu and Kavukcuoglu (2015).
@@ -339,6 +364,11 @@ def foof(*, learning_rate: float | Array = 0.1, damping: float | Array = 1.0, re
     Optimizer
         The three choices.
 
+    Raises
+    ------
+    ValueError
+        If `refresh` is below 1.
+
     Notes
     -----
     Benzing (2022).
@@ -366,6 +396,11 @@ def heskes(*, learning_rate: float | Array = 1.0, damping: float | Array = 0.1) 
     -------
     Optimizer
         The three choices.
+
+    Raises
+    ------
+    TypeError, ValueError
+        By `Optimizer.init`, if `learning_rate` or `damping` does not fit the ensemble.
 
     Notes
     -----
@@ -410,6 +445,11 @@ def bounded_kfac(
     Optimizer
         The three choices.
 
+    Raises
+    ------
+    ValueError
+        If `bound` is not positive, `average` not in [0, 1) or `refresh` below 1.
+
     Notes
     -----
     Ba, Grosse and Martens (2017).
@@ -440,6 +480,11 @@ def sgd(*, learning_rate: float | Array = 0.01, momentum: float = 0.0) -> Optimi
     Optimizer
         The three choices.
 
+    Raises
+    ------
+    ValueError
+        If `momentum` is not in [0, 1).
+
     Examples
     --------
     >>> import natgrad_array as ng
@@ -467,6 +512,11 @@ def adam(
     -------
     Optimizer
         The three choices.
+
+    Raises
+    ------
+    ValueError
+        If `beta1` or `beta2` is not in [0, 1), or `eps` is negative.
 
     Notes
     -----
