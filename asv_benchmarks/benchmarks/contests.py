@@ -528,11 +528,8 @@ CONTESTS: dict[str, Contest] = {
         "simulation, layerwise",
         simulation,
         {
-            "1024 x 16-16-16-16, 200 steps": {
-                "sizes": (16,) * 4,
-                "batch": 1024,
-                "steps": 200,
-            }
+            f"{batch} x 16-16-16-16, {steps} steps": {"sizes": (16,) * 4, "batch": batch, "steps": steps}
+            for batch, steps in ((16, 50), (1024, 200))
         },
         ("1024 x 16-16-16-16, 200 steps",),
     ),
