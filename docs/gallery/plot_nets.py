@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt
 sys.path.append("../../examples")
 import nets
 
+import natgrad_array as ng
+
 shapes = {
     "16 layers of 10": (10,) * 17,
     "10-15-…-50-…-15-10": (*range(10, 51, 5), *range(45, 9, -5)),
@@ -25,8 +27,9 @@ figure, panels = plt.subplots(1, 3, figsize=(8.4, 3.6), sharey=True)
 for number, (panel, (name, sizes)) in enumerate(zip(panels, shapes.items(), strict=True)):
     floor = 0.5 * nets.NOISE**2 * sizes[-1]
     nets.NETS[name] = nets.Net(sizes, floor, steps[number])
-    losses = nets.run(name, seeds=2, samples=1500, batch=400, steps=steps[number])
-    for loss, dash in zip(losses.T, ("-", (0, (4, 1.5))), strict=True):
+    optimizer = ng.optimizers.natural_gradient(damping=0.01)
+    found = nets.run(name, optimizer, seeds=2, samples=1500, batch=400, steps=steps[number])
+    for loss, dash in zip(found.losses.T, ("-", (0, (4, 1.5))), strict=True):
         panel.plot(loss, color="#0068a6", linestyle=dash, linewidth=1.8)
     panel.axhline(floor, color="#c24a00", linestyle="--", linewidth=1.6)
     panel.annotate("the teacher's own", (0, floor), (0, -13), textcoords="offset points", color="#c24a00")
