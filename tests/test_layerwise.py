@@ -225,6 +225,15 @@ def test_one_width_between_wider_ends(sizes: tuple[int, ...], rank: int | None, 
     assert waist.is_waisted(network(sizes), task.factors) is waisted
 
 
+@pytest.mark.parametrize("sizes", [(8, 3, 6), (8, 3, 3, 3, 6), (6, 5, 4, 3), (4, 9, 4, 5)], ids=str)
+def test_inputs_that_never_move_in_some_directions(sizes: tuple[int, ...]) -> None:
+    """Nothing moves along them, although the layer has weights there."""
+    weights, given = network(sizes), moments(sizes[0], sizes[-1], rank=sizes[0] - 1)
+    found = dl.natural_gradient(weights, ng.GaussianTask(*given))
+    assert_members(found, weights, given, 1e-10)
+    assert np.max(np.abs(found[0][..., -1])) <= 1e-12
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_members_without_a_certificate_take_the_next_rung_alone(sizes: tuple[int, ...]) -> None:
     """Member 1 has a singular layer, member 2 one of condition 1e5: each gets what it would get alone."""

@@ -1,8 +1,9 @@
 """The layerwise rule for networks with one width between wider ends: a linear autoencoder, say.
 
 Every factor ahead of a layer then has full column rank and every one behind it full row
-rank, so that Eq 42 leaves the layer itself: d_i = (W_i − E_i⁺ R⁻¹W*S X_i⁺) / L. The
-end-to-end matrix is not needed, and what multiplies W* is shared by all members.
+rank, so that Eq 42 leaves the layer itself: d_i = (W_i − E_i⁺ R⁻¹W*S X_i⁺) / L, for the
+first layer that part of it which inputs see. The end-to-end matrix is not needed, and what
+multiplies W* is shared by all members.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ def by_ends(
     whole = None
     for inverse, _ in middle:
         whole = inverse if whole is None else whole @ inverse
-    found = [layers[0] - (onto_front if whole is None else whole @ onto_front)]
+    root = factors.input_root
+    seen = layers[0]
+    if root.shape[-1] < root.shape[-2]:
+        seen = linalg.matmul(seen, root @ factors.input_root_pinv)
+    found = [seen - (onto_front if whole is None else whole @ onto_front)]
     if middle:
         # What E_i⁺ and X_i⁺ of the layers between the ends have in common, from the right.
-        ahead = [back.times_from_right(linalg.matmul(onto_front, factors.input_root))]
+        ahead = [back.times_from_right(linalg.matmul(onto_front, root))]
         for inverse, _ in middle[:0:-1]:
             ahead.append(inverse @ ahead[-1])
         behind = None
