@@ -135,6 +135,24 @@ def test_directions_in_pieces_are_those_of_the_whole(sizes: tuple[int, ...], mon
                 assert np.linalg.norm(whole[b] - one) <= 1e-6 * np.linalg.norm(one)
 
 
+@pytest.mark.usefixtures("small_pieces")
+def test_pseudo_inverses_in_pieces_keep_the_cutoff_of_each_member() -> None:
+    """Against the spectral sum of each member, with another cut-off and a NaN among them."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((2, 24, 4, 4)))[0]
+    values = np.asarray([1.0, 0.5, 0.1, 0.0])
+    a = (basis * values) @ np.swapaxes(basis, -1, -2)
+    a[1, 5, 0, 0] = np.nan
+    rtol = np.where(np.arange(24) % 2, 0.2, 0.01)
+    found = ng.pinvh(a, rtol=rtol, method="eigh")
+    kept = values > rtol[:, None]
+    inverse = np.where(kept, 1.0 / np.where(kept, values, 1.0), 0.0)
+    wanted = (basis * inverse[:, None, :]) @ np.swapaxes(basis, -1, -2)
+    assert np.isnan(found[1, 5]).all()
+    found[1, 5] = wanted[1, 5]
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+
+
 # --------------------------------------------------------------------- members computed again
 
 
