@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import array_api_compat as compat
@@ -68,7 +68,9 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional:
     ValueError
         If the arrays live on different devices.
     """
-    given = {name: array for name, array in arrays.items() if array is not None or name not in optional}
+    given = arrays
+    if optional:
+        given = {name: array for name, array in arrays.items() if array is not None or name not in optional}
     if (xp := _one_kind_of_numpy(given)) is not None:
         return xp
     for name, array in given.items():
@@ -168,14 +170,17 @@ def broadcast_batch(shapes: Mapping[str, Shape]) -> Shape:
     ValueError
         If they do not broadcast; the message lists them all.
     """
-    different = set(shapes.values())
-    if len(different) < 2:
-        return next(iter(different), ())
     try:
-        return tuple(np.broadcast_shapes(*different))
+        return broadcast_shapes(shapes.values())
     except ValueError as error:
         listed = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
         raise ValueError(f"batch shapes must broadcast, got {listed}") from error
+
+
+def broadcast_shapes(shapes: Iterable[Shape]) -> Shape:
+    """`numpy.broadcast_shapes`, which takes longer than a product of small matrices, where shapes differ."""
+    different = {*shapes} - {()}
+    return tuple(np.broadcast_shapes(*different)) if len(different) > 1 else next(iter(different), ())
 
 
 def check_sequence(name: str, arrays: object, expected: str) -> tuple[Any, ...]:
@@ -387,9 +392,20 @@ def numbers(xp: Namespace, start: int, stop: int, like: Array) -> Array:
 
 def eager_any(xp: Namespace, flags: Array) -> bool | None:
     """One scalar brought to the host: whether any flag is set; None for lazy arrays."""
+    if is_numpy(flags):
+        return bool(flags.any())
     if is_lazy(flags):
         return None
     return bool(xp.any(flags))
+
+
+def eager_all(xp: Namespace, flags: Array) -> bool | None:
+    """One scalar brought to the host: whether all flags are set; None for lazy arrays."""
+    if is_numpy(flags):
+        return bool(flags.all())
+    if is_lazy(flags):
+        return None
+    return bool(xp.all(flags))
 
 
 def can_branch(array: Array) -> bool:
@@ -579,12 +595,12 @@ def inverse(xp: Namespace, a: Array) -> Array:
     """Inverses of square matrices; not finite, or not an inverse at all, in members that have none.
 
     NumPy's public function raises for a whole stack and computes float32 in float64. What
-    comes out holds for a member whose condition number says so.
+    comes out holds for a member whose condition number says so. Where a member has none,
+    NumPy would warn, but every door is `quiet`.
     """
     kernel = getattr(getattr(np.linalg, "_umath_linalg", None), "inv", None)
     if is_numpy(a) and kernel is not None:
-        with np.errstate(all="ignore"):
-            return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
+        return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
     if is_torch(a) and a.device.type == "cpu":
         return _nan_where_failed(*sys.modules["torch"].linalg.inv_ex(a))
     finite = finite_members(xp, a)
@@ -607,6 +623,9 @@ def _nan_where_failed(result: Array, failed: Array) -> Array:
 
 def norms(xp: Namespace, a: Array) -> Array:
     """Frobenius norm of each member of a stack of matrices."""
+    if is_numpy(a):
+        flat = a.reshape(*a.shape[:-2], a.shape[-2] * a.shape[-1])
+        return np.sqrt(np.vecdot(flat, flat))
     if is_torch(a):
         return sys.modules["torch"].linalg.vector_norm(a, dim=(-2, -1))
     flat = xp.reshape(a, (*a.shape[:-2], a.shape[-2] * a.shape[-1]))
@@ -839,11 +858,11 @@ def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape], *, one_by_
     """Whether `in_pieces` makes more than one piece."""
     if not is_numpy(arrays[0]):
         return False
-    largest = max(side for core in cores for side in core)
-    if largest > BLAS_THREADS_FROM and not one_by_one:
+    batch = broadcast_shapes(array.shape[:-2] for array in arrays)
+    if max(batch, default=1) < 2:
         return False
-    batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
-    return max(batch, default=1) > 1 and _pieces(batch, arrays, cores) > 1
+    largest = max(side for core in cores for side in core)
+    return (largest <= BLAS_THREADS_FROM or one_by_one) and _pieces(batch, arrays, cores) > 1
 
 
 def _pieces(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
@@ -890,7 +909,7 @@ def in_pieces(
     """
     if not pays_in_pieces(arrays, cores, one_by_one=one_by_one):
         return function(*arrays)
-    batch = np.broadcast_shapes(*(array.shape[:-2] for array in arrays))
+    batch = broadcast_shapes(array.shape[:-2] for array in arrays)
     length = max(batch)
     count = min(length, _pieces(batch, arrays, cores))
     small = max(side for core in cores for side in core) <= BLAS_THREADS_FROM

@@ -199,7 +199,7 @@ def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
     def alone(x: Array) -> tuple[Array, Array]:
         return xp.full_like(x[..., 0], xp.nan), xp.full_like(x, xp.nan)
 
-    if _arrays.eager_any(xp, ~finite) is False:
+    if _arrays.eager_all(xp, finite):
         return _arrays.by_halving(xp, xp.linalg.eigh, a, alone)
     values, vectors = _arrays.by_halving(xp, xp.linalg.eigh, xp.where(finite, a, 0.0), alone)
     return xp.where(finite[..., 0], values, xp.nan), xp.where(finite, vectors, xp.nan)

@@ -1219,7 +1219,7 @@ def test_inverse_of_a_stack_with_bad_members(backend: Backend, dtype: str) -> No
     a[1] = 1.0
     a[3, 0, 0] = np.nan
     x = backend.asarray(a.astype(dtype))
-    inverse, bound = backend.call(lambda x: linalg.inverse(backend.xp, x), x)
+    inverse, bound = backend.call(_arrays.quiet(lambda x: linalg.inverse(backend.xp, x)), x)
     backend.check(inverse, x)
     inverse, bound = backend.to_numpy(inverse), backend.to_numpy(bound)
     assert not np.any(bound[[1, 3]] < 1e6)

@@ -454,7 +454,7 @@ def test_array_attributes_exist_in_cupy() -> None:
 
 def test_the_recording_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = record(monkeypatch, lambda: ng.pinvh(np.eye(2)))
-    assert any(call.function == "linalg.vecdot" for call in calls)
+    assert any(call.function == "linalg.diagonal" for call in calls)
     assert Call("isdtype", (), 2) in calls
     # The monkeypatch is gone.
     assert isinstance(ng.pinvh(np.eye(2)), np.ndarray)

@@ -279,13 +279,13 @@ def layer_rounding(xp: Namespace, layer: Array) -> float:
     return 4 * _arrays.eps(xp, layer)
 
 
-def trusted(xp: Namespace, error: Array) -> Array:
-    """Which members a rung may keep whose relative error is at most about `error`.
+def trusted(xp: Namespace, condition: Array, power: int = 1) -> Array:
+    """Which members a rung may keep whose relative error is at most about eps times a power of `condition`.
 
     It grows with a squared condition number, where the next rung's grows with the number
     itself. The limit is 6e-10 in float64 and 4e-4 in float32; most errors are far below.
     """
-    return error < 16 * _arrays.eps(xp, error) ** (2 / 3)
+    return condition < (16 * _arrays.eps(xp, condition) ** (-1 / 3)) ** (1 / power)
 
 
 def full_roots(xp: Namespace, factors: TaskFactors) -> Array | bool:

@@ -373,7 +373,7 @@ class DeepLinearFisher:
         found = tuple(shares_of_full_rank(whitened, pairs, self._products, self._effective_widths()))
         if full is True:
             return list(found)
-        batch = _arrays.broadcast_batch({str(i): tuple(y.shape[:-2]) for i, y in enumerate(found)})
+        batch = _arrays.broadcast_shapes(tuple(y.shape[:-2]) for y in found)
         return list(_arrays.repair(xp, xp.broadcast_to(~full, batch), found, arguments, at_any_rank))
 
     def _exact_velocity(self) -> Array:

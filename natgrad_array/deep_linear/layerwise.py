@@ -34,6 +34,8 @@ def layerwise(
             return _in_pieces(xp, layers, factors, scale, with_excess, [waist.by_ends, _by_duals])
         return _in_pieces(xp, layers, factors, scale, with_excess, [_by_gram_matrices, _by_duals])
     rungs: list[Rung] = [square.by_one_inverse, square.by_layer_inverses, _by_duals]
+    if square.is_small(layers):
+        return _descend(xp, layers, factors, scale, with_excess, rungs)
     found: Directions = _arrays.branch(
         square.one_inverse_serves(xp, layers),
         lambda: _in_pieces(xp, layers, factors, scale, with_excess, rungs),
@@ -70,17 +72,17 @@ def _descend(
 ) -> Directions:
     """Take all members down the first rung, and those without a certificate down the next ones."""
     found, certified = rungs[0](xp, layers, factors, scale, with_excess)
-    if len(rungs) == 1 or _arrays.eager_any(xp, ~certified) is False:
+    if len(rungs) == 1 or _arrays.eager_all(xp, certified):
         return found
     stacks, restore = _as_stacks(layers, factors)
-    batch = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
+    batch = _arrays.broadcast_shapes(tuple(d.shape[:-2]) for d in found)
 
     def run(rung: Rung) -> Callable[..., tuple[Array, ...]]:
         """A rung as a function of stacks of matrices, with the flags as the last of them."""
 
         def on_stacks(*arrays: Array) -> tuple[Array, ...]:
             found, certified = rung(xp, *restore(arrays), scale, with_excess)
-            members = _arrays.broadcast_batch({str(i): tuple(d.shape[:-2]) for i, d in enumerate(found)})
+            members = _arrays.broadcast_shapes(tuple(d.shape[:-2]) for d in found)
             return (*found, xp.broadcast_to(certified, members)[..., None, None])
 
         return on_stacks
@@ -131,7 +133,7 @@ def _by_gram_matrices(
     for chain in (left, right):
         for k in range(1, depth):
             piece = chain.piece(k)
-            certified = certified & trusted(xp, piece.condition * _arrays.eps(xp, piece.core))
+            certified = certified & trusted(xp, piece.condition)
     return directions + excess, certified
 
 

@@ -64,7 +64,7 @@ class Dense(Inverse):
         xp, fisher = self.fisher._xp, self.fisher
         if self.closed is not None:
             return self.apply_to_function_space(self.closed * fisher._to_function_space(gradient))
-        batch = _arrays.broadcast_batch({str(i): tuple(g.shape[:-2]) for i, g in enumerate(gradient)})
+        batch = _arrays.broadcast_shapes(tuple(g.shape[:-2]) for g in gradient)
         columns = [linalg.vec(xp, g) for g in gradient]
         stacked = xp.concat([xp.broadcast_to(g, (*batch, g.shape[-1])) for g in columns], axis=-1)
         assert self.dual is not None

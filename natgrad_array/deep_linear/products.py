@@ -27,16 +27,18 @@ def check_weights(weights: Weights, task: Any = _NO_TASK) -> tuple[Namespace, tu
         raise TypeError(f"task must be a GaussianTask, got {_arrays.describe(task)}")
     named = {f"weights[{i}]": layer for i, layer in enumerate(layers)}
     xp = _arrays.check_arrays(named | {"task": task.cross_moment} if isinstance(task, GaussianTask) else named)
+    batches: dict[str, Shape] = {}
+    rows = None
     for i, (name, layer) in enumerate(named.items()):
         _arrays.check_matrix(name, layer)
-        if 0 in layer.shape[-2:]:
-            raise ValueError(f"{name} must have at least one row and one column, got shape {tuple(layer.shape)}")
-        if i and layer.shape[-1] != layers[i - 1].shape[-2]:
+        *batch, m, n = shape = tuple(layer.shape)
+        if m == 0 or n == 0:
+            raise ValueError(f"{name} must have at least one row and one column, got shape {shape}")
+        if n != rows and i:
             raise ValueError(
-                f"{name} must have as many columns as weights[{i - 1}] has rows "
-                f"({layers[i - 1].shape[-2]}), got shape {tuple(layer.shape)}"
+                f"{name} must have as many columns as weights[{i - 1}] has rows ({rows}), got shape {shape}"
             )
-    batches = {name: tuple(layer.shape[:-2]) for name, layer in named.items()}
+        rows, batches[name] = m, tuple(batch)
     if isinstance(task, GaussianTask):
         if (layers[0].shape[-1], layers[-1].shape[-2]) != (task.n_inputs, task.n_outputs):
             raise ValueError(

@@ -28,6 +28,12 @@ def is_square(layers: tuple[Array, ...], factors: TaskFactors) -> bool:
     return len(sizes | {factors.input_root.shape[-1]}) == 1
 
 
+def is_small(layers: tuple[Array, ...]) -> bool:
+    """Whether there is too little work for a probe, or for threads, to save any."""
+    members = math.prod(_arrays.broadcast_shapes(tuple(layer.shape[:-2]) for layer in layers))
+    return members * layers[0].shape[-1] ** 3 < 2**18 and not _arrays.is_lazy(layers[0])
+
+
 def one_inverse_serves(xp: Namespace, layers: tuple[Array, ...]) -> Array | bool:
     """Whether so many members can have their direction by one inverse that it is worth a try.
 
@@ -35,10 +41,8 @@ def one_inverse_serves(xp: Namespace, layers: tuple[Array, ...]) -> Array | bool
     """
     if not _arrays.branches_freely(layers[0]):
         return False
-    batch = _arrays.broadcast_batch({str(i): tuple(layer.shape[:-2]) for i, layer in enumerate(layers)})
+    batch = _arrays.broadcast_shapes(tuple(layer.shape[:-2]) for layer in layers)
     members = math.prod(batch)
-    if members * layers[0].shape[-1] ** 3 < 2**20 and not _arrays.is_lazy(layers[0]):
-        return True  # too little work for a probe to save any
     some = _some(batch, min(PROBED, -(-members // PROBED)))
     product = None
     for layer in layers:
@@ -61,7 +65,7 @@ def _some(batch: Shape, count: int) -> tuple[slice, ...]:
 def _one_inverse(xp: Namespace, product: Array) -> tuple[Array, Array]:
     """W⁻¹, and where it is good enough to be multiplied by W⁻¹ again and by W."""
     inverse, condition = linalg.inverse(xp, product)
-    return inverse, trusted(xp, condition**2 * _arrays.eps(xp, product))
+    return inverse, trusted(xp, condition, 2)
 
 
 def by_one_inverse(
@@ -85,7 +89,8 @@ def by_one_inverse(
     for layer, rest in zip(layers[1:], reversed(ahead), strict=True):
         moved = layer @ moved
         found.append(moved @ rest)
-    return (*found, *excess), certified & full_roots(xp, factors)
+    roots = full_roots(xp, factors)
+    return (*found, *excess), certified if roots is True else certified & roots
 
 
 def by_layer_inverses(

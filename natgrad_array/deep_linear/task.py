@@ -297,7 +297,7 @@ class GaussianTask:
     @property
     def batch_shape(self) -> Shape:
         """Batch shape of the task: that of its four moments, broadcast."""
-        return _arrays.broadcast_batch({name: tuple(getattr(self, name).shape[:-2]) for name in _MOMENTS})
+        return _arrays.broadcast_shapes(tuple(getattr(self, name).shape[:-2]) for name in _MOMENTS)
 
     @property
     def n_inputs(self) -> int:

@@ -8,7 +8,7 @@ multiplies W* is shared by all members.
 
 from __future__ import annotations
 
-from natgrad_array import _arrays, linalg
+from natgrad_array import linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.deep_linear.duals import chains, full_roots, layer_rounding, thin, trusted
 from natgrad_array.deep_linear.products import half_square
@@ -61,7 +61,7 @@ def by_ends(
         found.append(half_square(xp, factors.target - left.factor(1).mT @ right.factor(len(layers) - 1)))
     certified: Array = full_roots(xp, factors)
     for end in (front, back):
-        certified = certified & trusted(xp, end.condition * _arrays.eps(xp, end.core))
+        certified = certified & trusted(xp, end.condition)
     for inverse, condition in middle:
         certified = certified & (condition * layer_rounding(xp, inverse) < 1.0)
     return tuple(found), certified
