@@ -586,9 +586,10 @@ def has_fast_inverse(a: Array) -> bool:
 def merges_products(a: Array) -> bool:
     """Whether one large product is faster than a stack of small ones.
 
-    Not in a thread of `in_pieces`: BLAS would start threads of its own for it.
+    Not in a thread of `in_pieces`: BLAS would start threads of its own for it. Nor on NumPy
+    where rows would have to be copied before they are one matrix.
     """
-    return not (is_numpy(a) and threading.current_thread() is not threading.main_thread())
+    return not is_numpy(a) or (a.flags.c_contiguous and threading.current_thread() is threading.main_thread())
 
 
 def inverse(xp: Namespace, a: Array) -> Array:
@@ -846,6 +847,19 @@ def _members(
         xp.take(_in_a_row(xp, array, batch), chosen, axis=0, **options) if array.ndim > 2 else array for array in arrays
     )
 
+
+def _keep_freed_memory() -> None:
+    """Have the C library's allocator keep what arrays leave behind, where it is glibc's.
+
+    Once a block of this size has been freed, smaller ones come from memory that the process
+    keeps (mallopt(3), on M_MMAP_THRESHOLD). Before that, arrays of a megabyte are mapped anew,
+    page by page, in every step, which takes as long as the arithmetic of a small ensemble.
+    Nothing is written to the block, so that it takes no memory itself.
+    """
+    np.empty(2**25 - 2**16, dtype=np.uint8)
+
+
+_keep_freed_memory()
 
 PIECE_BYTES = 2**20
 """The size of one stack of matrices that stays in a processor's cache with a few others."""

@@ -18,6 +18,7 @@ from natgrad_array import optimizers as opts
 from natgrad_array.kronecker import Kronecker
 from natgrad_array.networks import MLP, ConvNet
 from natgrad_array.optimizers.estimates import weighted
+from natgrad_array.optimizers.inverses import Context
 from natgrad_array.optimizers.presets import PRESETS
 from natgrad_array.optimizers.steps import curvature, dot
 
@@ -31,8 +32,6 @@ def observed(name: str, estimate: opts.Estimate, rng: Any = 0) -> tuple[Any, Any
 
 
 def context(net: Any, params: Any, x: Any, y: Any, damping: Any = 0.0) -> Any:
-    from natgrad_array.optimizers.inverses import Context
-
     trace = net.forward(params, x)
     gradient = net.gradient(params, x, y)
     loss = net.loss(params, x, y)
@@ -166,13 +165,15 @@ def test_weighted_keeps_structure_and_what_is_not_there() -> None:
 # ------------------------------------------------------------------------------- inverses
 
 
-def apply_inverse(inverse: Any, name: str, estimate: opts.Estimate, damping: float) -> tuple[Any, Any, Any]:
+def apply_inverse(
+    inverse: Any, name: str, estimate: opts.Estimate, damping: float, *, of_samples: bool = False
+) -> tuple[Any, Any, Any]:
     """A direction, and the estimate's moments as dense blocks (A, G) by the tested formulas."""
     net, params, x, y = case(name)
     at = context(net, params, x, y, damping)
     seen = estimate.observe(net, params, at.trace, y, 0)
-    moments = inverse.moments(seen, estimate)
-    prepared = inverse.start(params, estimate)
+    moments = () if of_samples else inverse.moments(seen, estimate)
+    prepared = () if of_samples else inverse.start(params, estimate)
     prepared = inverse.refresh(prepared, moments, seen, estimate, at)
     return inverse.apply(prepared, at), estimate.factors(seen), at.gradient
 
@@ -195,18 +196,44 @@ def test_inverses_against_dense_blocks(name: str, damping: float) -> None:
                 assert [int(r) for r in ranks] == [np.linalg.matrix_rank(m, tol=1e-11 * np.trace(m)) for m in (a, g)]
 
 
+def root_damped(a: np.ndarray, damping: float) -> np.ndarray:
+    """Every eigenvalue λ that is not zero inverted as 1/(λ + √damping)."""
+    values, vectors = np.linalg.eigh(a)
+    kept = values > len(a) * np.finfo(float).eps * values[-1]
+    return (vectors * np.where(kept, 1.0 / (np.where(kept, values, 1.0) + damping**0.5), 0.0)) @ vectors.T
+
+
 @pytest.mark.parametrize("damping", [1e-6, 0.3])
-def test_root_damping_inverts_each_eigenvalue_and_drops_what_no_sample_reaches(damping: float) -> None:
+@pytest.mark.parametrize("of_samples", [False, True])
+def test_root_damping_inverts_eigenvalues_and_drops_what_no_sample_reaches(damping: float, of_samples: bool) -> None:
     """Five samples, inputs of width 4 and 6 with a bias: the second layer's moments are short of rank."""
-    (found, _), factors, gradient = apply_inverse(opts.RootDamped(), "MLP noise", opts.ModelSampled(), damping)
-
-    def inverted(a: np.ndarray) -> np.ndarray:
-        values, vectors = np.linalg.eigh(a)
-        kept = values > len(a) * np.finfo(float).eps * values[-1]
-        return (vectors * np.where(kept, 1.0 / (np.where(kept, values, 1.0) + damping**0.5), 0.0)) @ vectors.T
-
+    (found, _), factors, gradient = apply_inverse(
+        opts.RootDamped(), "MLP noise", opts.ModelSampled(), damping, of_samples=of_samples
+    )
     for d, (a, g), v in zip(found, factors, gradient, strict=True):
-        assert relative(d, inverted(g) @ v @ inverted(a)) <= 1e-9
+        assert relative(d, root_damped(g, damping) @ v @ root_damped(a, damping)) <= 1e-9
+
+
+def test_root_damping_of_few_samples_is_each_members_own() -> None:
+    """Members with linearly dependent samples, with none that is not zero, with a NaN, and without damping."""
+    rng, members = np.random.default_rng(0), 20
+    inputs, errors = rng.standard_normal((members, 5, 8)), rng.standard_normal((members, 5, 7))
+    inputs[1, 3], errors[2, 4] = inputs[1, 2], errors[2, 0] - errors[2, 1]
+    errors[3], inputs[4, 0, 0] = 0.0, np.nan
+    damping = np.full(members, 0.3)
+    damping[[0, 1, 2]] = [0.0, 0.0, 1e-8]
+    gradient = (rng.standard_normal((members, 7, 9)),)
+    seen = opts.Statistics.of([inputs], [errors])
+    at = Context(None, (), None, None, gradient, damping, np.asarray(0.0))
+    inverse = opts.RootDamped()
+    (found,), _ = inverse.apply(inverse.refresh((), (), seen, opts.Empirical(), at), at)
+    for k in range(members):
+        if k == 4:
+            assert np.isnan(found[k]).all()
+            continue
+        rows = np.concatenate([inputs[k], np.ones((5, 1))], axis=-1)
+        a, g = (root_damped(part.T @ part / 5, damping[k]) for part in (rows, errors[k]))
+        np.testing.assert_allclose(found[k], g @ gradient[0][k] @ a, rtol=0, atol=1e-9 * (1 + np.abs(a).max() ** 2))
 
 
 def test_second_moments_in_the_eigenbasis_are_those_of_the_samples_gradients() -> None:

@@ -447,6 +447,11 @@ class Network:
         return self.check_tangent("params", params, trace.output)
 
 
+def sample_axes(net: Network) -> tuple[int, int]:
+    """How many axes the samples of inputs and of targets have, counted from the end."""
+    return len(net.layers[0].input_shape) + 1, 1 if net.likelihood.name == "categorical" else 2
+
+
 def _check_layers(layers: Sequence[Dense | Conv2d]) -> tuple[Dense | Conv2d, ...]:
     chain = _arrays.check_sequence("layers", layers, "a tuple or list of layers, first layer first")
     for i, layer in enumerate(chain):

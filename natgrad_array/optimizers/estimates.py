@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from natgrad_array import _arrays
-from natgrad_array._arrays import Array
+from natgrad_array._arrays import Array, Shape
 from natgrad_array.kronecker import Kronecker
 from natgrad_array.networks import passes
 from natgrad_array.networks.network import Network
@@ -168,16 +168,44 @@ class Estimate:
             Of the first part of the batch.
         """
         samples = int(trace.output.shape[-2])
-        part = max(1, math.ceil(self.share * samples))
+        part = self._part(samples)
         trace = trace if part == samples else _first(net, trace, part)
         errors = self._errors(net, trace, y, part, rng)
         if errors is None:
             return Statistics(trace.rows, None)
         return Statistics(trace.rows, passes.backward(net.layers, params, trace, errors))
 
+    def _part(self, samples: int) -> int:
+        """How many samples are looked at."""
+        return max(1, math.ceil(self.share * samples))
+
     def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array | None:
         """Derivatives (K, *batch, N, n_L) at the outputs."""
         raise NotImplementedError("an estimate says which errors it sends back")
+
+    def noise(self, net: Network, batch: Shape, samples: int, rng: Any, like: Array) -> Array | None:
+        """Draw what `observe` would: to be handed to it in place of the source of randomness.
+
+        Parameters
+        ----------
+        net : Network
+            The layers and the likelihood.
+        batch : tuple of int
+            The ensemble's shape.
+        samples : int
+            N.
+        rng : object
+            Where randomness comes from, for an estimate that draws.
+        like : array
+            Gives the library, dtype and device.
+
+        Returns
+        -------
+        array, shape (K, *batch, N', n_L), or (K, *batch, N', n_L, 2), or None
+            N(0, 1) variables for the N' samples that are looked at, two for each target that is
+            not Gaussian; None where nothing is drawn.
+        """
+        return None
 
     def factors(self, statistics: Statistics) -> tuple[Kronecker, ...]:
         """Compute the two moments of every layer.
@@ -275,9 +303,14 @@ class ModelSampled(Estimate):
         if not _arrays.is_integer(self.n_samples) or self.n_samples < 1:
             raise ValueError(f"n_samples must be an integer of at least 1, got {self.n_samples!r}")
 
+    def noise(self, net: Network, batch: Shape, samples: int, rng: Any, like: Array) -> Array:
+        _check_source(rng)
+        shape: Shape = (self.n_samples, *batch, self._part(samples), net.n_outputs)
+        shape = shape if net.likelihood.name == "gaussian" else (*shape, 2)
+        return _arrays.standard_normal(rng, shape, _arrays.namespace(like), like)
+
     def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array:
-        if rng is None:
-            raise TypeError("rng must be a source of randomness for an estimate that samples the model, got None")
+        _check_source(rng)
         drawn = net.likelihood.sample(trace.output, rng, draws=(self.n_samples,))
         return net.likelihood.residual(trace.output, drawn) * self.n_samples**-0.5
 
@@ -340,6 +373,11 @@ class InputsOnly(Estimate):
 
     def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> None:
         return None
+
+
+def _check_source(rng: Any) -> None:
+    if rng is None:
+        raise TypeError("rng must be a source of randomness for an estimate that samples the model, got None")
 
 
 def _gram(flat: Array, count: int) -> Array:

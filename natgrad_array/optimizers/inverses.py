@@ -7,6 +7,7 @@ pickled and written to disk.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -88,6 +89,9 @@ class Inverse:
     has_blocks: ClassVar[bool] = False
     """Whether there is an estimate of the Fisher information behind it."""
 
+    looks_at_samples: ClassVar[bool] = False
+    """Whether `refresh` does without moments, where those of one batch are all that there are."""
+
     def moments(self, statistics: Statistics, estimate: Estimate) -> Any:
         """Compute the quantities that are averaged over batches.
 
@@ -149,7 +153,7 @@ class Inverse:
         prepared : tuple
             What was made before.
         moments : tuple
-            The averaged moments.
+            The averaged moments; empty for an inverse that looks at the samples of this batch.
         statistics : Statistics or None
             What the estimate saw of this batch; None where only sums over it are known.
         estimate : Estimate
@@ -344,6 +348,29 @@ class FactoredTikhonov(ByFactors):
         return multiply(prepared, at.gradient), prepared
 
 
+class Thin(NamedTuple):
+    """The inverse of a moment of few samples, Xᵀ C X, not multiplied out.
+
+    Attributes
+    ----------
+    rows : array, shape (*batch, N, n)
+        X, the samples.
+    core : array, shape (*batch, N, N)
+        C.
+    """
+
+    rows: Array
+    core: Array
+
+    def times(self, v: Array) -> Array:
+        """Multiply from the left, by products no larger than V."""
+        return self.rows.mT @ (self.core @ (self.rows @ v))
+
+    def times_from_right(self, v: Array) -> Array:
+        """Multiply from the right."""
+        return linalg.matmul(linalg.matmul(v, self.rows.mT) @ self.core, self.rows)
+
+
 @dataclass(frozen=True)
 class RootDamped(ByFactors):
     """Every eigenvalue λ of both factors inverted as 1/(λ + √damping), what no sample reaches dropped.
@@ -352,56 +379,78 @@ class RootDamped(ByFactors):
     directions are worked on themselves, as a Gram matrix has their eigenvalues too.
     """
 
+    looks_at_samples: ClassVar[bool] = True
+
     def refresh(
         self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
     ) -> Any:
-        if statistics is None or estimate.average > 0.0:
-            # Only sums are known, not what is in them; an average is of more than this batch.
+        if moments:
+            # What is kept for later steps, or has been summed elsewhere, is of a size that no batch changes.
             return tuple(root_damped(block, at.scalar) for block in moments)
-        deltas = (None,) * len(moments) if statistics.deltas is None else statistics.deltas
-        samples = (estimate.samples(rows, delta) for rows, delta in zip(statistics.rows, deltas, strict=True))
-        return tuple(root_damped(block, at.scalar, *sides) for block, sides in zip(moments, samples, strict=True))
+        assert statistics is not None
+        found, shift = [], at.scalar**0.5
+        for i, rows in enumerate(statistics.rows):
+            forward, backward = estimate.samples(rows, None if statistics.deltas is None else statistics.deltas[i])
+            left = None if backward is None else _of_samples(*backward, shift)
+            right = _of_samples(*forward, shift)
+            # Every eigenvalue of the identity is 1.
+            found.append((right if backward else _divided(right, 1.0 + shift), left))
+        return tuple(found)
 
     def apply(self, prepared: Any, at: Context) -> tuple[Tangent, Any]:
-        return multiply(prepared, at.gradient), prepared
+        found = []
+        for (forward, backward), g in zip(prepared, at.gradient, strict=True):
+            if backward is not None:
+                g = backward.times(g) if isinstance(backward, Thin) else backward @ g
+            found.append(forward.times_from_right(g) if isinstance(forward, Thin) else g @ forward)
+        return tuple(found), prepared
 
 
-Samples = tuple[Array, int]
-
-
-def root_damped(
-    block: Kronecker, damping: float | Array, forward: Samples | None = None, backward: Samples | None = None
-) -> Kronecker:
-    """The rule of `RootDamped` for one layer; what its moments are sums over, if that is known, and the divisors."""
-    xp, shift = _arrays.namespace(block.forward), damping**0.5
-    inverse = _root_damped(xp, block.forward, shift, forward)
+def root_damped(block: Kronecker, damping: float | Array) -> Kronecker:
+    """The rule of `RootDamped` for one layer of which only the moments are known."""
+    shift = damping**0.5
     if block.backward is None:
-        # Every eigenvalue of the identity is 1.
-        return Kronecker(inverse / (1.0 + shift), None)
-    return Kronecker(inverse, _root_damped(xp, block.backward, shift, backward))
+        return Kronecker(_of_moment(block.forward, shift) / (1.0 + shift), None)
+    return Kronecker(_of_moment(block.forward, shift), _of_moment(block.backward, shift))
 
 
-def _root_damped(xp: Namespace, a: Array, shift: float | Array, samples: Samples | None) -> Array:
-    many = samples is not None and samples[0].shape[-2] >= a.shape[-1]
-    shared = a.ndim == 2 and not isinstance(shift, float) and shift.ndim > 2
-    if many and not shared:
-        # As many samples as directions: what none of them reaches, their gradient does not either.
-        return linalg.shifted_inverse(xp, a, shift)
+def _divided(side: Array | Thin, divisor: float | Array) -> Array | Thin:
+    return side._replace(core=side.core / divisor) if isinstance(side, Thin) else side / divisor
+
+
+def _of_moment(a: Array, shift: float | Array) -> Array:
     # What all members share is decomposed once, whatever their dampings.
-    if many or samples is None:
-        values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a), None)
-        kept = kept & (values > 0.0)
-        rows = vectors.mT
-    else:
-        flat, count = samples
-        cutoff = a.shape[-1] * _arrays.eps(xp, a)
-        values, vectors, kept = linalg.eigh_kept(xp, _arrays.gram(xp, flat.mT, count), cutoff)
-        kept = kept & (values > 0.0)
-        lengths = xp.sqrt(count * xp.where(kept, values, 1.0))
-        rows = (vectors.mT @ flat) / lengths[..., None]
-    shift = shift if isinstance(shift, float) else shift[..., 0]
-    scaled = linalg.reciprocal(xp, values + shift, kept)
-    return rows.mT @ (scaled[..., None] * rows)
+    xp = _arrays.namespace(a)
+    values, vectors, kept = linalg.eigh_kept(xp, linalg.symmetric_part(a), None)
+    return (vectors * _reciprocal(xp, values, shift, kept)[..., None, :]) @ vectors.mT
+
+
+def _of_samples(flat: Array, count: int, shift: float | Array) -> Array | Thin:
+    """Of the moment Xᵀ X / count of samples."""
+    xp = _arrays.namespace(flat)
+    if flat.shape[-2] >= flat.shape[-1]:
+        a = _arrays.gram(xp, flat, count)
+        # As many samples as directions: what none of them reaches, their gradient does not either.
+        shared = a.ndim == 2 and not isinstance(shift, float) and shift.ndim > 2
+        return _of_moment(a, shift) if shared else linalg.shifted_inverse(xp, a, shift)
+    # With the Gram matrix K = X Xᵀ / count it is Xᵀ K⁺ (K + shift 1)⁻¹ X / count.
+    gram, cutoff = _arrays.gram(xp, flat.mT, count), flat.shape[-1] * _arrays.eps(xp, flat)
+    if not isinstance(shift, float) and math.prod(gram.shape[:-2]) >= _MANY:
+        core = linalg.pinvh_checked(xp, gram, cutoff, "auto") @ linalg.shifted_inverse(xp, gram, shift)
+        return Thin(flat, core / count)
+    values, vectors, kept = linalg.eigh_kept(xp, gram, cutoff)
+    inverse = _reciprocal(xp, values, 0.0, kept) * _reciprocal(xp, values, shift, kept)
+    return Thin(flat, (vectors * (inverse / count)[..., None, :]) @ vectors.mT)
+
+
+_MANY = 16
+"""Decompositions of fewer matrices take less time than the calls of a certified inverse."""
+
+
+def _reciprocal(xp: Namespace, values: Array, shift: float | Array, kept: Array) -> Array:
+    """1/(λ + shift) of the eigenvalues kept, of which a moment has no negative ones."""
+    total = values + (shift if isinstance(shift, float) else shift[..., 0])
+    return linalg.reciprocal(xp, total, kept & (values > 0.0))
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,11 @@ class Optimizer:
         """Whether what the inverse makes of moments is needed in another step."""
         return self.inverse.remembers or self.refresh > 1
 
+    @property
+    def _works_on_samples(self) -> bool:
+        """Whether moments are not needed: nothing is averaged or kept, and the inverse has another way."""
+        return self.inverse.looks_at_samples and self.estimate.average == 0.0 and not self._keeps_prepared
+
     @_arrays.quiet
     def init(self, net: Network, params: Params, /) -> OptimizerState:
         """Make the state before the first step.
@@ -270,7 +275,10 @@ class Optimizer:
         trace = net.forward(given, x)
         at = self._context(net, given, x, trace, _gradient(net, given, trace, y), state)
         statistics = self.estimate.observe(net, given, trace, y, rng) if self.inverse.uses_statistics else None
-        return Preconditioner(self.inverse, *self._prepare(state, at, statistics), at)
+        moments, prepared = self._prepare(state, at, statistics)
+        if statistics is not None and self._works_on_samples:
+            moments = self.inverse.moments(statistics, self.estimate)
+        return Preconditioner(self.inverse, moments, prepared, at)
 
     def _step(
         self,
@@ -446,6 +454,8 @@ class Optimizer:
         """The moments and the inverse that this step uses."""
         if statistics is None or not self.inverse.uses_statistics:
             return state.moments, state.prepared
+        if self._works_on_samples:
+            return (), self.inverse.refresh((), (), statistics, self.estimate, at)
         moments = self._averaged(state, at, self.inverse.moments(statistics, self.estimate))
 
         def refreshed() -> Any:

@@ -12,8 +12,7 @@ from natgrad_array import _arrays
 from natgrad_array._arrays import Array
 from natgrad_array._client import check_client, keep, submit
 from natgrad_array.networks import passes
-from natgrad_array.networks.network import Network, Params
-from natgrad_array.optimizers.estimates import ModelSampled
+from natgrad_array.networks.network import Network, Params, sample_axes
 from natgrad_array.optimizers.inverses import Context, Inverse, Tangent
 from natgrad_array.optimizers.optimizer import Optimizer, StepInfo, _check, _check_state
 from natgrad_array.optimizers.steps import LevenbergMarquardt
@@ -255,16 +254,16 @@ class DataParallel:
 
     def _cuts(self, net: Network, x: Any, y: Any, workers: int) -> list[int]:
         """Where shards begin, and how many samples there are."""
-        axis = -len(net.layers[0].input_shape) - 1
+        axis = -sample_axes(net)[0]
         if not _arrays.is_dask(x):
             _arrays.check_arrays({"x": x, "y": y}, integers=True)
             samples = x.shape[axis]
-            if y.shape[_target_axis(net)] != samples:
+            if y.shape[-sample_axes(net)[1]] != samples:
                 raise ValueError(f"y must have the {samples} samples of x, got shape {tuple(y.shape)}")
             shards = max(1, min(samples, workers))
             return [samples * k // shards for k in range(shards + 1)]
         chunks = x.chunks[axis]
-        same = _arrays.is_dask(y) and y.chunks[_target_axis(net)] == chunks
+        same = _arrays.is_dask(y) and y.chunks[-sample_axes(net)[1]] == chunks
         if not same or not math.prod(x.numblocks) == math.prod(y.numblocks) == len(chunks):
             raise ValueError("x and y must be Dask arrays in the same chunks of samples, and whole along other axes")
         return [0, *itertools.accumulate(int(n) for n in chunks)]
@@ -277,21 +276,16 @@ class DataParallel:
         for cut, worker in zip(itertools.pairwise(cuts), itertools.cycle(workers), strict=False):
             where = _near(worker)
             inputs = keep(self.client, _samples_of(x, *cut, axis), **where)
-            found.append(_Shard(inputs, keep(self.client, _samples_of(y, *cut, _target_axis(net)), **where), where))
+            found.append(_Shard(inputs, keep(self.client, _samples_of(y, *cut, -sample_axes(net)[1]), **where), where))
         return found
 
     def _noise(self, net: Network, params: Tangent, x: Any, samples: int, rng: Any) -> Array | None:
         """The noise of the whole batch, as one process draws it."""
-        estimate = self.optimizer.estimate
-        if not isinstance(estimate, ModelSampled) or not self.optimizer.inverse.uses_statistics:
+        if not self.optimizer.inverse.uses_statistics:
             return None
-        if rng is None:
-            raise TypeError("rng must be a source of randomness for an estimate that samples the model, got None")
-        axes = len(net.layers[0].input_shape) + 1
+        axes = sample_axes(net)[0]
         named = {str(i): tuple(w.shape[:-2]) for i, w in enumerate(params)} | {"x": tuple(x.shape[: x.ndim - axes])}
-        shape = (estimate.n_samples, *_arrays.broadcast_batch(named), samples, net.n_outputs)
-        shape = shape if net.likelihood.name == "gaussian" else (*shape, 2)
-        return _arrays.standard_normal(rng, shape, _arrays.namespace(params[0]), params[0])
+        return self.optimizer.estimate.noise(net, _arrays.broadcast_batch(named), samples, rng, params[0])
 
 
 # ------------------------------------------------------------------------------ on workers
@@ -334,11 +328,6 @@ def _mapped(function: Callable[..., Any], *trees: Any) -> Any:
         parts = [_mapped(function, *column) for column in zip(*trees, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
     return None if first is None else function(*trees)
-
-
-def _target_axis(net: Network) -> int:
-    """The axis of samples of targets."""
-    return -1 if net.likelihood.name == "categorical" else -2
 
 
 def _samples_of(array: Array, begin: int, end: int, axis: int) -> Array:

@@ -111,11 +111,15 @@ class Fixed(Scaling):
         )
         return rate + at.xp.zeros_like(at.damping)
 
-    def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
-        rate = self._rate(at)
-        scalar = rate[..., None, None]
-        change = tuple(self.momentum * p - scalar * d for p, d in zip(previous, direction, strict=True))
+    def _changed(self, direction: Tangent, previous: Tangent, rate: Array) -> Change:
+        scalar = -rate[..., None, None]
+        change = tuple(scalar * d for d in direction)
+        if self.momentum:
+            change = tuple(c + self.momentum * p for c, p in zip(change, previous, strict=True))
         return Change(change, rate, None)
+
+    def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
+        return self._changed(direction, previous, self._rate(at))
 
 
 def _check_momentum(value: float) -> None:
@@ -171,9 +175,7 @@ class NormBound(Fixed):
         square = dot(xp, at.gradient, direction)
         allowed = xp.sqrt(self.bound / xp.where(square > 0.0, square, 1.0))
         rate = xp.where((square > 0.0) & (allowed < rate), allowed, rate)
-        scalar = rate[..., None, None]
-        change = tuple(self.momentum * p - scalar * d for p, d in zip(previous, direction, strict=True))
-        return Change(change, rate, None)
+        return self._changed(direction, previous, rate)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array, Shape
-from natgrad_array.networks.network import Network, Params
+from natgrad_array.networks.network import Network, Params, sample_axes
 from natgrad_array.optimizers.estimates import ModelSampled
 from natgrad_array.optimizers.optimizer import Optimizer
 from natgrad_array.simulation.ensemble import Constructor, Piece
@@ -22,7 +22,7 @@ from natgrad_array.simulation.prepared import Prepared, plan_of
 from natgrad_array.simulation.progress import check_progress
 from natgrad_array.simulation.schedule import check_count, schedule
 from natgrad_array.simulation.state import leaves
-from natgrad_array.simulation.training import RECORDS, Loader, Trained, Training, sample_axes, settings
+from natgrad_array.simulation.training import RECORDS, Loader, Trained, Training, settings
 
 
 def simulate_training(

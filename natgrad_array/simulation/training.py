@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array, MemberNoise, Namespace, Shape
-from natgrad_array.networks.network import Network
+from natgrad_array.networks.network import Network, sample_axes
 from natgrad_array.optimizers.optimizer import Optimizer, OptimizerState
 from natgrad_array.simulation.ensemble import Members, Piece, rows
 from natgrad_array.simulation.state import State, idle, masked, settle, start
@@ -195,11 +195,6 @@ def _where(xp: Namespace, members: Array, yes: Any, no: Any) -> Any:
     if yes is None or yes.ndim == 0:
         return yes
     return xp.where(xp.reshape(members, (-1, *(1,) * (yes.ndim - 1))), yes, no)
-
-
-def sample_axes(net: Network) -> tuple[int, int]:
-    """How many axes the samples of inputs and of targets have, counted from the end."""
-    return len(net.layers[0].input_shape) + 1, 1 if net.likelihood.name == "categorical" else 2
 
 
 # ------------------------------------------------------------------------------ optimizers
