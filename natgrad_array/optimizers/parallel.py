@@ -13,8 +13,10 @@ from natgrad_array._arrays import Array
 from natgrad_array._client import check_client, keep, submit
 from natgrad_array.networks import passes
 from natgrad_array.networks.network import Network, Params, sample_axes
+from natgrad_array.optimizers import stepping
 from natgrad_array.optimizers.inverses import Context, Inverse, Tangent
-from natgrad_array.optimizers.optimizer import Optimizer, StepInfo, _check, _check_state
+from natgrad_array.optimizers.optimizer import Optimizer
+from natgrad_array.optimizers.stepping import StepInfo, check_network, check_state
 from natgrad_array.optimizers.steps import LevenbergMarquardt
 
 _FAN_IN = 4
@@ -187,8 +189,8 @@ class DataParallel:
         """
         if not isinstance(state, ParallelState):
             raise TypeError(f"state must be what init or step returned, got {_arrays.describe(state)}")
-        _, given = _check(net, params)
-        _check_state(state.optimizer)
+        _, given = check_network(net, params)
+        check_state(state.optimizer)
         check_client(self.client)
         first, *others = sorted(self.client.nthreads()) or [""]
         cuts = self._cuts(net, x, y, len(others))
@@ -221,11 +223,11 @@ class DataParallel:
         total = self._sum(looks)
         count = cuts[-1]
         loss, gradient, sums = _mapped(lambda a: a / count, total)
-        at = opt._context(net, given, None, None, gradient, before)
+        at = stepping.context(opt, net, given, None, None, gradient, before)
         made = before.moments, before.prepared
         prepared, waiting = state.prepared, state.waiting
         if opt.inverse.uses_statistics:
-            moments = opt._averaged(before, at, sums)
+            moments = stepping.averaged(opt, before, at, sums)
             if state.steps % opt.refresh == 0:
                 bare = at._replace(net=None, params=(), gradient=(), previous=())
                 future = submit(self.client, _invert, opt, prepared, moments, params, bare, **_near(inverter))
@@ -240,7 +242,7 @@ class DataParallel:
             losses = [submit(self.client, _loss, net, moved, x, y, **where) for x, y, where in shards]
             return self._sum(losses)[0] / count
 
-        new, after, info = opt._advance(at, before, None, loss, evaluate, elsewhere=made)
+        new, after, info = stepping.advance(opt, at, before, None, loss, evaluate, elsewhere=made)
         return new, ParallelState(after, state.steps + 1, prepared, waiting), info
 
     def _sum(self, parts: list[Any]) -> Any:
