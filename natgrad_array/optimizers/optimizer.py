@@ -106,6 +106,17 @@ class Optimizer:
         ------
         TypeError, ValueError
             If `net` is no network, or `params` do not fit it.
+
+        Examples
+        --------
+        An ensemble of five, each with a damping of its own.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((2, 3, 1))
+        >>> state = ng.optimizers.kfac(damping=0.5).init(net, net.init(0, (5,), like=np.empty(0)))
+        >>> state.damping
+        array([0.5, 0.5, 0.5, 0.5, 0.5])
         """
         _, given = check_network(net, params)
         return stepping.start(self, given)
@@ -145,6 +156,19 @@ class Optimizer:
         ------
         TypeError, ValueError
             If the arguments do not fit the network or each other, or `rng` is missing.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net, params = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 1.0]]),)
+        >>> x, y = np.asarray([[1.0], [3.0]]), np.asarray([[4.0], [7.0]])
+        >>> net.gradient(params, x, y)
+        (array([[-0.5, -0.5]]),)
+        >>> opt = ng.optimizers.sgd(learning_rate=0.5)
+        >>> params, state, info = opt.step(net, params, opt.init(net, params), x, y)
+        >>> params, float(info.loss), int(state.count)
+        ((array([[2.25, 1.25]]),), 0.25, 1)
         """
         _, given = check_network(net, params)
         check_state(state)

@@ -36,6 +36,11 @@ class ParallelState(NamedTuple):
         The inverse in use.
     waiting : tuple of (int, distributed.Future)
         Inverses on their way, and the step that each is for.
+
+    Notes
+    -----
+    The example of `DataParallel` has one: it takes a cluster. With a staleness of 0 there are no
+    inverses on their way, and it holds nothing but arrays.
     """
 
     optimizer: Any
@@ -145,6 +150,10 @@ class DataParallel:
         ------
         TypeError, ValueError
             If `net` is no network, or `params` do not fit it.
+
+        Notes
+        -----
+        The example of `DataParallel` begins with it: there is no client without a cluster.
         """
         return ParallelState(self.optimizer.init(net, params), 0, (), ())
 
@@ -186,6 +195,10 @@ class DataParallel:
             If the arguments do not fit the network or each other, or `rng` is missing.
         ConnectionError
             If the cluster is gone; `params` and `state` are as they were.
+
+        Notes
+        -----
+        The example of `DataParallel` has it in a loop: there is no client without a cluster.
         """
         if not isinstance(state, ParallelState):
             raise TypeError(f"state must be what init or step returned, got {_arrays.describe(state)}")

@@ -36,6 +36,22 @@ class OptimizerState(NamedTuple):
         What the inverse has made of them; empty where it is made anew in each step.
     previous : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
         The last change of the parameters.
+
+    Examples
+    --------
+    A state is arrays in nested tuples, so that it can be kept, and gone back to.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 1.0]]),)
+    >>> x, y = np.asarray([[1.0], [3.0]]), np.asarray([[4.0], [7.0]])
+    >>> opt = ng.optimizers.sgd(learning_rate=0.5, momentum=0.9)
+    >>> start = opt.init(net, params)
+    >>> _, state, _ = opt.step(net, params, start, x, y)
+    >>> state.previous
+    (array([[0.25, 0.25]]),)
+    >>> int(start.count), int(state.count)
+    (0, 1)
     """
 
     count: Any
@@ -65,6 +81,24 @@ class StepInfo(NamedTuple):
         Whether the step was made.
     ranks : tuple of pairs of arrays, shapes (*batch,)
         Of the two moments of each layer, where the inverse decides on ranks.
+
+    Examples
+    --------
+    The quadratic model of linear regression is exact: the loss falls by what was predicted, and the
+    damping to two thirds.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, y = np.asarray([[1.0], [3.0]]), np.asarray([[3.0], [7.0]])
+    >>> opt = ng.optimizers.Optimizer(
+    ...     inverse=ng.optimizers.FullFisher(), damping=ng.optimizers.LevenbergMarquardt(3.0, reject=True)
+    ... )
+    >>> params, state, info = opt.step(net, params, opt.init(net, params), x, y)
+    >>> bool(info.new_loss < info.loss), bool(np.isclose(info.ratio, 1.0)), bool(info.accepted)
+    (True, True, True)
+    >>> float(info.damping), float(state.damping)
+    (3.0, 2.0)
     """
 
     loss: Any

@@ -57,7 +57,32 @@ def decays(decay: float | Array) -> bool:
 
 
 class Scaling:
-    """What all step rules share."""
+    """What all step rules share.
+
+    Notes
+    -----
+    A step rule of one's own is a `take` that returns a `Change`; `moved` is None in it unless the
+    rule has computed how the outputs move.
+
+    Examples
+    --------
+    A learning rate of 1/k in step k, member by member.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> from natgrad_array.optimizers.steps import Change
+    >>> class Decaying(ng.optimizers.Scaling):
+    ...     def take(self, direction, previous, at):
+    ...         rate = 1.0 / (1.0 + at.count) + 0.0 * at.damping
+    ...         return Change(tuple(-rate[..., None, None] * d for d in direction), rate, None)
+    >>> seen = ng.optimizers.Statistics.of([np.ones((1, 1))], bias=False)
+    >>> opt = ng.optimizers.Optimizer(scaling=Decaying())
+    >>> params, state, gradient = (np.zeros((1, 1)),), None, (np.ones((1, 1)),)
+    >>> for _ in range(2):
+    ...     params, state, info = opt.update(params, state, gradient, seen)
+    >>> params, float(info.rate)
+    ((array([[-1.5]]),), 0.5)
+    """
 
     needs_network: ClassVar[bool] = False
     """Whether it makes passes through the network itself."""
@@ -78,6 +103,16 @@ class Scaling:
         -------
         Change
             Before it is made.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> from natgrad_array.optimizers.inverses import Context
+        >>> w, d, one = np.asarray([[1.0]]), np.asarray([[4.0]]), np.asarray(1.0)
+        >>> at = Context(None, (w,), None, None, (d,), one, one)
+        >>> ng.optimizers.Fixed(0.5, momentum=0.9).take((d,), (w,), at).change
+        (array([[-1.1]]),)
         """
         raise NotImplementedError("a step rule says how far it goes")
 
@@ -97,6 +132,26 @@ class Fixed(Scaling):
         sweep over learning rates is one.
     momentum : float
         How much of the last change is added, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        If `momentum` is out of range. A learning rate that is negative, or does not broadcast to
+        the ensemble, raises in a step.
+
+    Examples
+    --------
+    Changes of 1 and of 1 + ½.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> seen = ng.optimizers.Statistics.of([np.ones((1, 1))], bias=False)
+    >>> opt = ng.optimizers.Optimizer(scaling=ng.optimizers.Fixed(1.0, momentum=0.5))
+    >>> params, state, gradient = (np.zeros((1, 1)),), None, (np.ones((1, 1)),)
+    >>> for _ in range(2):
+    ...     params, state, info = opt.update(params, state, gradient, seen)
+    >>> params
+    (array([[-2.5]]),)
     """
 
     learning_rate: Any = 1.0
@@ -137,6 +192,26 @@ class PerLayer(Fixed):
         α, of which each layer takes one L-th.
     momentum : float
         How much of the last change is added, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        As `Fixed` does.
+
+    Notes
+    -----
+    Eq 42 of Bernacchia, Lengyel and Hennequin (2018), supplement.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> seen = ng.optimizers.Statistics.of([np.ones((1, 1)), np.ones((1, 1))], bias=False)
+    >>> opt = ng.optimizers.Optimizer(scaling=ng.optimizers.PerLayer(1.0))
+    >>> one = np.ones((1, 1))
+    >>> _, _, info = opt.update((one, one), None, (one, one), seen)
+    >>> float(info.rate)
+    0.5
     """
 
     def _rate(self, at: Context) -> Array:
@@ -158,6 +233,23 @@ class NormBound(Fixed):
         How much of the last change is added, in [0, 1).
     bound : float
         Of the squared length.
+
+    Raises
+    ------
+    ValueError
+        If `momentum` or `bound` is out of range; as `Fixed` does in a step.
+
+    Examples
+    --------
+    A step of squared length 2 · 2 in the metric of the identity, bounded by 1.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> seen = ng.optimizers.Statistics.of([np.ones((1, 1))], bias=False)
+    >>> opt = ng.optimizers.Optimizer(scaling=ng.optimizers.NormBound(1.0, bound=1.0))
+    >>> params, _, info = opt.update((np.zeros((1, 1)),), None, (2.0 * np.ones((1, 1)),), seen)
+    >>> params, float(info.rate)
+    ((array([[-1.]]),), 0.5)
     """
 
     bound: float = 1e-3
@@ -182,9 +274,12 @@ class NormBound(Fixed):
 class QuadraticModel(Scaling):
     """The best step, and the best share of the last one, in the exact quadratic model of the loss.
 
-    Δ = α d + μ Δ_0 with α and μ the solution of a 2 × 2 system of products with the exact
-    Fisher information of the batch plus the damping and the weight decay (Martens and
-    Grosse 2015, sections 6.4 and 7).
+    Δ = α d + μ Δ_0, with d the direction and Δ_0 the last change, where α and μ solve
+
+        α dᵀBd + μ dᵀBΔ_0 = −∇ᵀd,    α dᵀBΔ_0 + μ Δ_0ᵀBΔ_0 = −∇ᵀΔ_0,
+
+    and B is the exact Fisher information of the batch plus the damping and the weight decay
+    (Martens and Grosse 2015, sections 6.4 and 7).
 
     Parameters
     ----------
@@ -192,6 +287,24 @@ class QuadraticModel(Scaling):
         Whether the last change takes part.
     share : float
         The part of the batch that products with F are computed on, in (0, 1].
+
+    Raises
+    ------
+    ValueError
+        If `share` is out of range.
+
+    Examples
+    --------
+    The gradient (−16, −1), where F = diag(4, 1).
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, y = np.asarray([[2.0], [-2.0]]), np.asarray([[9.0], [-7.0]])
+    >>> opt = ng.optimizers.Optimizer(scaling=ng.optimizers.QuadraticModel())
+    >>> _, _, info = opt.step(net, params, opt.init(net, params), x, y)
+    >>> bool(np.isclose(info.rate, (16**2 + 1) / (4 * 16**2 + 1)))
+    True
     """
 
     momentum: bool = True
@@ -264,7 +377,24 @@ class Damping:
     Parameters
     ----------
     initial : float or array of shape (*batch,)
-        The damping; its batch axes are those of the ensemble.
+        The damping, in units of the eigenvalues of the Fisher information; its batch axes are
+        those of the ensemble.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `initial` is negative, or does not broadcast to the ensemble: when a state is made.
+
+    Examples
+    --------
+    A sweep over three dampings is an ensemble.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> opt = ng.optimizers.kfac(damping=np.asarray([0.1, 1.0, 10.0]))
+    >>> net = ng.networks.MLP((2, 3, 1))
+    >>> opt.init(net, net.init(0, (3,), like=np.empty(0))).damping
+    array([ 0.1,  1. , 10. ])
     """
 
     initial: Any = 0.0
@@ -288,6 +418,13 @@ class Damping:
         ------
         TypeError, ValueError
             If `initial` is negative, or does not broadcast to the ensemble.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> ng.optimizers.Damping(0.5).start(np, np.zeros((3,)))
+        array([0.5, 0.5, 0.5])
         """
         value = _arrays.check_nonnegative("damping", self.initial, xp, like, batch=tuple(like.shape))
         return value + xp.zeros_like(like)
@@ -339,6 +476,33 @@ class LevenbergMarquardt(Damping):
         costs a scalar brought to the host.
     minimum : float
         The damping never falls below it.
+
+    Raises
+    ------
+    ValueError
+        If `prediction` is unknown, or a number is out of range.
+
+    Notes
+    -----
+    The rule of Bernacchia, Lengyel and Hennequin's own experiments (2018) by default, with another
+    prediction; `kfac` has that of section 6.5 of Martens and Grosse (2015).
+
+    Examples
+    --------
+    Natural gradient steps of linear regression keep what the model promised: ratios are 1.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, y = np.asarray([[2.0], [-2.0]]), np.asarray([[9.0], [-7.0]])
+    >>> opt = ng.optimizers.Optimizer(
+    ...     inverse=ng.optimizers.FullFisher(), damping=ng.optimizers.LevenbergMarquardt(9.0)
+    ... )
+    >>> state = opt.init(net, params)
+    >>> for _ in range(2):
+    ...     params, state, info = opt.step(net, params, state, x, y)
+    >>> float(state.damping)
+    4.0
     """
 
     prediction: str = "exact"
@@ -376,6 +540,23 @@ class LevenbergMarquardt(Damping):
         -------
         array, shape (*batch,)
             Positive for a step that should help.
+
+        Examples
+        --------
+        In linear regression it is what comes.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> from natgrad_array.optimizers.inverses import Context
+        >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+        >>> x, y = np.asarray([[2.0], [-2.0]]), np.asarray([[9.0], [-7.0]])
+        >>> gradient, rule = net.gradient(params, x, y), ng.optimizers.Fixed(0.25)
+        >>> at = Context(net, params, x, net.forward(params, x), gradient, np.asarray(0.0), np.asarray(0.0))
+        >>> step = rule.take(gradient, gradient, at)
+        >>> predicted = ng.optimizers.LevenbergMarquardt().predicted(step, gradient, at)
+        >>> later = tuple(w + d for w, d in zip(params, step.change))
+        >>> bool(np.isclose(predicted, net.loss(params, x, y) - net.loss(later, x, y)))
+        True
         """
         xp = at.xp
         if self.prediction == "block_diagonal":
@@ -405,6 +586,19 @@ class LevenbergMarquardt(Damping):
         -------
         Verdict
             Member by member.
+
+        Examples
+        --------
+        Nine tenths of what was promised: the model is trusted more.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> from natgrad_array.optimizers.inverses import Context
+        >>> at = Context(None, (), None, None, (), np.asarray(3.0), np.asarray(0.0))
+        >>> loss, new_loss, predicted = np.asarray(1.0), np.asarray(0.1), np.asarray(1.0)
+        >>> verdict = ng.optimizers.LevenbergMarquardt().judge(loss, new_loss, predicted, at)
+        >>> float(verdict.ratio), float(verdict.damping), bool(verdict.accepted)
+        (0.9, 2.0, True)
         """
         xp = at.xp
         ratio = (loss - new_loss) / xp.where(predicted == 0.0, 1.0, predicted)
@@ -433,5 +627,14 @@ class LevenbergMarquardt(Damping):
         -------
         array of bool, shape ()
             True in every `every`-th step.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> from natgrad_array.optimizers.inverses import Context
+        >>> policy, zero = ng.optimizers.LevenbergMarquardt(every=5), np.asarray(0.0)
+        >>> [bool(policy.due(Context(None, (), None, None, (), zero, zero + k))) for k in range(6)]
+        [False, False, False, False, True, False]
         """
         return (at.count + 1.0) % self.every == 0.0
