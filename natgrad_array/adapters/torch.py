@@ -652,7 +652,7 @@ def _makes_passes(optimizer: Optimizer) -> bool:
     """Whether the exact Fisher information is asked for, and with it the model run again."""
     damping = optimizer.damping
     predicts = isinstance(damping, LevenbergMarquardt) and damping.prediction != "block_diagonal"
-    return optimizer.scaling.needs_network or predicts
+    return optimizer.scaling.needs_products or predicts
 
 
 def _check_repeatable(model: torch.nn.Module) -> None:
@@ -694,8 +694,8 @@ class _Scaled(Scaling):
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
         """Take a part."""
         made, rate = self.rule.take(direction, previous, at), self.rate
-        moved = None if made.moved is None else rate * made.moved
-        return Change(tuple(rate * change for change in made.change), rate * made.rate, moved)
+        square = None if made.curvature is None else rate * rate * made.curvature
+        return Change(tuple(rate * change for change in made.change), rate * made.rate, square, made.share)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -43,6 +43,11 @@ class Context(NamedTuple):
         The last change of the parameters.
     decay : float or array of shape (*batch,)
         The weight decay: the curvature of the penalty, which is a multiple of the identity.
+    sums : callable or None
+        Where the samples are elsewhere: from directions to sums over samples of products with
+        F, as `sums_of_products` gives them.
+    samples : int
+        How many samples these are sums over.
     """
 
     net: Any
@@ -54,6 +59,8 @@ class Context(NamedTuple):
     count: Array
     previous: Tangent = ()
     decay: Any = 0.0
+    sums: Any = None
+    samples: int = 0
 
     @property
     def xp(self) -> Namespace:

@@ -273,8 +273,8 @@ class Optimizer:
         >>> params
         (array([[0.2]]),)
         """
-        for part in (self.inverse, self.scaling):
-            if part.needs_network:
+        for part, needs in ((self.inverse, self.inverse.needs_network), (self.scaling, self.scaling.needs_products)):
+            if needs:
                 raise ValueError(f"{part} makes passes through the network; use step, or choose another")
         given = _arrays.check_sequence("params", params, "a tuple or list with one array for each layer")
         steps = _arrays.check_sequence("gradient", gradient, "a tuple or list with one array for each layer")

@@ -17,7 +17,7 @@ from natgrad_array.optimizers import stepping
 from natgrad_array.optimizers.inverses import Context, Inverse, Tangent
 from natgrad_array.optimizers.optimizer import Optimizer
 from natgrad_array.optimizers.stepping import StepInfo, check_network, check_state
-from natgrad_array.optimizers.steps import LevenbergMarquardt
+from natgrad_array.optimizers.steps import sums_of_products
 
 _FAN_IN = 4
 """Sums that one worker adds up at a time."""
@@ -73,10 +73,9 @@ class DataParallel:
     Parameters
     ----------
     optimizer : Optimizer
-        What a step is. It has to work from sums over samples: no step rule or inverse that makes
-        passes through the network of its own or follows samples one by one, no damping
-        policy with another prediction than "block_diagonal", and an estimate that looks at
-        the whole batch.
+        What a step is. It has to work from sums over samples: no inverse that makes passes through
+        the network of its own or follows samples one by one, and an estimate, a step rule and
+        a damping policy that look at the whole batch.
     client : dask.distributed.Client
         Of the cluster. Needs the extra "dask".
     staleness : int
@@ -115,18 +114,15 @@ class DataParallel:
         opt = self.optimizer
         if not isinstance(opt, Optimizer):
             raise TypeError(f"optimizer must be an Optimizer, got {_arrays.describe(opt)}")
-        for part in (opt.inverse, opt.scaling):
-            if part.needs_network:
-                raise ValueError(f"optimizer must work from sums over samples; {part} makes passes through the network")
+        if opt.inverse.needs_network:
+            raise ValueError(
+                f"optimizer must work from sums over samples; {opt.inverse} makes passes through the network"
+            )
         if type(opt.inverse).follow is not Inverse.follow:
             raise ValueError(f"optimizer must work from sums over samples; {opt.inverse} follows every batch")
-        if isinstance(opt.damping, LevenbergMarquardt) and opt.damping.prediction != "block_diagonal":
-            raise ValueError(
-                f"optimizer must work from sums over samples, with a damping whose prediction is 'block_diagonal', "
-                f"got {opt.damping.prediction!r}"
-            )
-        if opt.estimate.share < 1.0:
-            raise ValueError(f"optimizer must have an estimate of share 1, got {opt.estimate}")
+        for name in ("estimate", "scaling", "damping"):
+            if getattr(getattr(opt, name), "share", 1.0) < 1.0:
+                raise ValueError(f"optimizer must look at the whole batch, share 1, got {name} {getattr(opt, name)}")
         if not _arrays.is_integer(self.staleness) or self.staleness < 0:
             raise ValueError(f"staleness must be an integer of at least 0, got {self.staleness!r}")
         check_client(self.client)
@@ -237,12 +233,18 @@ class DataParallel:
         count = cuts[-1]
         loss, gradient, sums = _mapped(lambda a: a / count, total)
         at = stepping.context(opt, net, given, None, None, gradient, before)
+
+        def products(ways: Sequence[Tangent]) -> Any:
+            sent = keep(self.client, tuple(ways))
+            return self._sum([submit(self.client, _products, net, params, sent, x, **where) for x, _, where in shards])
+
+        at = at._replace(sums=products, samples=count)
         made = before.moments, before.prepared
         prepared, waiting = state.prepared, state.waiting
         if opt.inverse.uses_statistics:
             moments = stepping.averaged(opt, before, at, sums)
             if state.steps % opt.refresh == 0:
-                bare = at._replace(net=None, params=(), gradient=(), previous=())
+                bare = at._replace(net=None, params=(), gradient=(), previous=(), sums=None)
                 future = submit(self.client, _invert, opt, prepared, moments, params, bare, **_near(inverter))
                 waiting = (*waiting, (state.steps + self.staleness if state.steps else 0, future))
             ready = [future for step, future in waiting if step <= state.steps]
@@ -324,6 +326,11 @@ def _look(opt: Optimizer, net: Network, params: Tangent, x: Array, y: Array, noi
 def _loss(net: Network, params: Tangent, x: Array, y: Array) -> tuple[Array]:
     trace = net.forward(params, x)
     return (net.likelihood.loss(trace.output, y) * trace.output.shape[-2],)
+
+
+@_arrays.quiet
+def _products(net: Network, params: Tangent, ways: Sequence[Tangent], x: Array) -> tuple[Array, ...]:
+    return tuple(sums_of_products(net, params, net.forward(params, x), ways))
 
 
 @_arrays.quiet

@@ -7,6 +7,7 @@ from what the loss did. Both work member by member of an ensemble.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,13 +29,16 @@ class Change(NamedTuple):
         What is added.
     rate : array, shape (*batch,)
         How much of the direction is in it.
-    moved : array, shape (*batch, N', n_L), or None
-        How the outputs of the first N' samples move to first order, if a rule has found out.
+    curvature : array, shape (*batch,), or None
+        ΔᵀFΔ of the change Δ, if a rule has found out.
+    share : float
+        The part of the batch that this F is of.
     """
 
     change: Tangent
     rate: Array
-    moved: Array | None
+    curvature: Array | None = None
+    share: float = 1.0
 
 
 def dot(xp: Namespace, a: Tangent, b: Tangent) -> Array:
@@ -45,10 +49,29 @@ def dot(xp: Namespace, a: Tangent, b: Tangent) -> Array:
     return total
 
 
-def curvature(at: Context, trace: Trace, a: Array, b: Array) -> Array:
-    """Product aᵀ F b by how the outputs move: the mean over samples of (J a)ᵀ M (J b)."""
-    product = at.net.likelihood.metric(trace.output, b)
-    return at.xp.sum(a * product, axis=(-2, -1)) / trace.output.shape[-2]
+def curvatures(at: Context, share: float, ways: Sequence[Tangent]) -> list[list[Array]]:
+    """Products aᵀ F b of directions with each other, on the first part of the batch."""
+    if at.sums is not None:
+        return _square([total / at.samples for total in at.sums(ways)])
+    trace = part_of(at, share)
+    samples = trace.output.shape[-2]
+    return _square([total / samples for total in sums_of_products(at.net, at.params, trace, ways)])
+
+
+def sums_of_products(net: Any, params: Tangent, trace: Trace, ways: Sequence[Tangent]) -> list[Array]:
+    """Sums over samples of (J a)ᵀ M (J b), by how the outputs move: of every pair with a not after b."""
+    xp = _arrays.namespace(trace.output)
+    moved = net.tangent(
+        params, trace, tuple(xp.stack(xp.broadcast_arrays(*parts)) for parts in zip(*ways, strict=True))
+    )
+    products = [net.likelihood.metric(trace.output, moved[k, ...]) for k in range(len(ways))]
+    return [xp.sum(moved[i, ...] * product, axis=(-2, -1)) for j, product in enumerate(products) for i in range(j + 1)]
+
+
+def _square(pairs: list[Array]) -> list[list[Array]]:
+    """A symmetric matrix from its columns down to the diagonal."""
+    size = math.isqrt(2 * len(pairs))
+    return [[pairs[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(size)] for i in range(size)]
 
 
 def decays(decay: float | Array) -> bool:
@@ -84,8 +107,8 @@ class Scaling:
     ((array([[-1.5]]),), 0.5)
     """
 
-    needs_network: ClassVar[bool] = False
-    """Whether it makes passes through the network itself."""
+    needs_products: ClassVar[bool] = False
+    """Whether it asks for products with F, which take passes through the network."""
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
         """Turn a direction into a change of the parameters.
@@ -171,7 +194,7 @@ class Fixed(Scaling):
         change = tuple(scalar * d for d in direction)
         if self.momentum:
             change = tuple(c + self.momentum * p for c, p in zip(change, previous, strict=True))
-        return Change(change, rate, None)
+        return Change(change, rate)
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
         return self._changed(direction, previous, self._rate(at))
@@ -310,26 +333,23 @@ class QuadraticModel(Scaling):
     momentum: bool = True
     share: float = 1.0
 
-    needs_network: ClassVar[bool] = True
+    needs_products: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
-        xp, trace = at.xp, part_of(at, self.share)
-        ways = [direction, previous] if self.momentum else [direction]
-        stacked = tuple(xp.stack(xp.broadcast_arrays(*arrays)) for arrays in zip(*ways, strict=True))
-        moved = at.net.tangent(at.params, trace, stacked)
-        j_d = moved[0, ...]
-        b_dd = curvature(at, trace, j_d, j_d) + at.shift * dot(xp, direction, direction)
+        xp = at.xp
+        f = curvatures(at, self.share, [direction, previous] if self.momentum else [direction])
+        b_dd = f[0][0] + at.shift * dot(xp, direction, direction)
         slope = dot(xp, at.gradient, direction)
         alone = -slope / xp.where(b_dd > 0.0, b_dd, 1.0)
         if not self.momentum:
-            return _mixed(alone, None, direction, previous, j_d, None)
-        j_p = moved[1, ...]
-        b_pp = curvature(at, trace, j_p, j_p) + at.shift * dot(xp, previous, previous)
-        b_dp = curvature(at, trace, j_d, j_p) + at.shift * dot(xp, direction, previous)
+            change = tuple(alone[..., None, None] * d for d in direction)
+            return Change(change, -alone, alone * alone * f[0][0], self.share)
+        b_pp = f[1][1] + at.shift * dot(xp, previous, previous)
+        b_dp = f[0][1] + at.shift * dot(xp, direction, previous)
         slope_p = dot(xp, at.gradient, previous)
         determinant = b_dd * b_pp - b_dp * b_dp
         # Without a last change, or along the direction, the second equation says nothing new.
@@ -337,23 +357,10 @@ class QuadraticModel(Scaling):
         safe = xp.where(solvable, determinant, 1.0)
         alpha = xp.where(solvable, (b_dp * slope_p - b_pp * slope) / safe, alone)
         mu = xp.where(solvable, (b_dp * slope - b_dd * slope_p) / safe, 0.0)
-        return _mixed(alpha, mu, direction, previous, j_d, j_p)
-
-
-def _mixed(
-    alpha: Array,
-    mu: Array | None,
-    direction: Tangent,
-    previous: Tangent,
-    j_d: Array,
-    j_p: Array | None,
-) -> Change:
-    a = alpha[..., None, None]
-    if mu is None or j_p is None:
-        return Change(tuple(a * d for d in direction), -alpha, a * j_d)
-    m = mu[..., None, None]
-    change = tuple(a * d + m * p for d, p in zip(direction, previous, strict=True))
-    return Change(change, -alpha, a * j_d + m * j_p)
+        a, m = alpha[..., None, None], mu[..., None, None]
+        change = tuple(a * d + m * p for d, p in zip(direction, previous, strict=True))
+        square = alpha * alpha * f[0][0] + 2.0 * alpha * mu * f[0][1] + mu * mu * f[1][1]
+        return Change(change, -alpha, square, self.share)
 
 
 def part_of(at: Context, share: float) -> Trace:
@@ -561,10 +568,10 @@ class LevenbergMarquardt(Damping):
         xp = at.xp
         if self.prediction == "block_diagonal":
             return step.rate * (1.0 - 0.5 * step.rate) * dot(xp, at.gradient, direction)
-        trace, moved = part_of(at, self.share), step.moved
-        if moved is None or moved.shape[-2] != trace.output.shape[-2]:
-            moved = at.net.tangent(at.params, trace, step.change)
-        reduction = -dot(xp, at.gradient, step.change) - 0.5 * curvature(at, trace, moved, moved)
+        square = step.curvature
+        if square is None or step.share != self.share:
+            square = curvatures(at, self.share, [step.change])[0][0]
+        reduction = -dot(xp, at.gradient, step.change) - 0.5 * square
         if self.prediction == "exact" and not decays(at.decay):
             return reduction
         shift = at.decay if self.prediction == "exact" else at.shift
