@@ -43,6 +43,22 @@ class Groups(Mapping[Any, History]):
         What keys, or their parts, stand for.
     store : str or None
         The Zarr store that has a group for each of them. `xarray.open_datatree` opens it.
+
+    Examples
+    --------
+    Two simulations that have run one by one, under one name.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> task = ng.GaussianTask.from_modes(np.eye(2), np.asarray([3.0, 1.0]), np.eye(2))
+    >>> start = ng.deep_linear.orthogonal(0, (2, 2, 2), (5,), like=np.empty(0))
+    >>> rules = ("gradient", "layerwise")
+    >>> runs = {rule: ng.simulate(start, task, rule=rule, learning_rate=0.1, steps=10) for rule in rules}
+    >>> groups = ng.simulation.Groups(runs, ("rule",))
+    >>> groups
+    Groups(2 by rule; 10 members, 0 diverged)
+    >>> groups["layerwise"].loss.shape
+    (11, 5)
     """
 
     def __init__(self, histories: Mapping[Any, History], names: tuple[str, ...], store: str | None = None) -> None:
