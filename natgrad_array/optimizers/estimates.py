@@ -438,6 +438,11 @@ class ExactDirections(Estimate):
     convolution : {"expand", "reduce"}
         How the positions of a convolution enter.
 
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
+
     Notes
     -----
     G = ⟨Σ_k δ_k δ_kᵀ⟩ with δ_k what the layer gets of column k of the root R, R Rᵀ the Fisher
@@ -474,6 +479,11 @@ class Empirical(Estimate):
         The part of the batch, from its start, that is looked at, in (0, 1].
     convolution : {"expand", "reduce"}
         How the positions of a convolution enter.
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
 
     Notes
     -----
@@ -513,6 +523,11 @@ class InputsOnly(Estimate):
         The part of the batch, from its start, that is looked at, in (0, 1].
     convolution : {"expand", "reduce"}
         How the positions of a convolution enter.
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
 
     Notes
     -----

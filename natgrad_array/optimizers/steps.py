@@ -84,8 +84,9 @@ class Scaling:
 
     Notes
     -----
-    A step rule of one's own is a `take` that returns a `Change`; `moved` is None in it unless the
-    rule has computed how the outputs move.
+    A step rule of one's own is a `take` that returns a `Change`: what is added, and how much of the
+    direction is in it. One that asks for products with F has `needs_products`, and may hand the
+    curvature that it finds on to the damping policy.
 
     Examples
     --------
@@ -593,6 +594,11 @@ class LevenbergMarquardt(Damping):
         -------
         Verdict
             Member by member.
+
+        Notes
+        -----
+        The ratio is ρ = (loss − new_loss) / predicted: below `lower` the damping grows, above
+        `upper` it shrinks (Martens and Grosse 2015, section 6.5).
 
         Examples
         --------

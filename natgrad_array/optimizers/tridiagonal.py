@@ -48,6 +48,11 @@ class BlockTridiagonal(Inverse):
     singular wherever a layer's input determines the next one's, as in a deep linear
     network; such directions are left out. For networks of dense layers.
 
+    Raises
+    ------
+    ValueError
+        If the network has a convolution: in a step.
+
     Notes
     -----
     F̂⁻¹ = ΞᵀΛΞ, with (ΞV)_i = V_i − Ψ_i V_{i+1} and Λ the inverses of what the regressions Ψ_i on the
