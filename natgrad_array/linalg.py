@@ -181,7 +181,7 @@ def symmetric_part(a: Array) -> Array:
 
 def matmul(a: Array, b: Array) -> Array:
     """Multiply a @ b, as one product where all members share b."""
-    if b.ndim > 2 or a.ndim < 3 or not _arrays.merges_products(a):
+    if b.ndim > 2 or a.ndim < 3 or not _arrays.merges_products(a, b):
         return a @ b
     xp = _arrays.namespace(a)
     rows = xp.reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
