@@ -16,6 +16,7 @@ from natgrad_array.optimizers.estimates import (
 )
 from natgrad_array.optimizers.inverses import (
     Adam,
+    Context,
     FactoredTikhonov,
     FullFisher,
     Identity,
@@ -46,6 +47,7 @@ from natgrad_array.optimizers.pruning import Pruned, prune, saliencies
 from natgrad_array.optimizers.searched import SearchedTikhonov
 from natgrad_array.optimizers.stepping import OptimizerState, StepInfo
 from natgrad_array.optimizers.steps import (
+    Change,
     Damping,
     Fixed,
     LevenbergMarquardt,
@@ -60,6 +62,8 @@ from natgrad_array.optimizers.whitening import Whitening
 __all__ = [
     "Adam",
     "BlockTridiagonal",
+    "Change",
+    "Context",
     "Damping",
     "DataParallel",
     "Empirical",

@@ -48,6 +48,15 @@ class Context(NamedTuple):
         F, as `sums_of_products` gives them.
     samples : int
         How many samples these are sums over.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> w, damping = np.ones((2, 1, 1)), np.asarray([0.1, 0.2])
+    >>> at = ng.optimizers.Context(None, (w,), None, None, (w,), damping, np.asarray(0.0), decay=0.1)
+    >>> at.scalar.shape, [round(float(s), 3) for s in at.shift]
+    ((2, 1, 1), [0.2, 0.3])
     """
 
     net: Any
@@ -243,9 +252,8 @@ class Inverse:
         >>> import numpy as np
         >>> import natgrad_array as ng
         >>> from natgrad_array.kronecker import Kronecker
-        >>> from natgrad_array.optimizers.inverses import Context
         >>> w, one = np.asarray([[0.0]]), np.asarray(1.0)
-        >>> at = Context(None, (w,), None, None, (w,), one, one)
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (w,), one, one)
         >>> moments = (Kronecker(np.asarray([[3.0]]), np.asarray([[1.0]])),)
         >>> ng.optimizers.RootDamped().refresh((), moments, None, ng.optimizers.Empirical(), at)
         (Kronecker(forward=array([[0.25]]), backward=array([[0.5]])),)
@@ -280,9 +288,8 @@ class Inverse:
         >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
         >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
         >>> from natgrad_array.kronecker import KroneckerBasis
-        >>> from natgrad_array.optimizers.inverses import Context
         >>> w, one = np.asarray([[0.0]]), np.asarray([[1.0]])
-        >>> at = Context(None, (w,), None, None, (w,), w[0, 0], w[0, 0])
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (w,), w[0, 0], w[0, 0])
         >>> inverse, estimate = ng.optimizers.RescaledEigenbasis(average=0.5), ng.optimizers.Empirical()
         >>> [basis] = inverse.follow((KroneckerBasis(one, one, one),), seen, estimate, at)
         >>> basis.scale
@@ -312,10 +319,9 @@ class Inverse:
         >>> import numpy as np
         >>> import natgrad_array as ng
         >>> from natgrad_array.kronecker import Kronecker
-        >>> from natgrad_array.optimizers.inverses import Context
         >>> w, g, one = np.asarray([[0.0]]), np.asarray([[8.0]]), np.asarray(1.0)
         >>> prepared = (Kronecker(np.asarray([[0.25]]), np.asarray([[0.5]])),)
-        >>> at = Context(None, (w,), None, None, (g,), one, one)
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (g,), one, one)
         >>> direction, _ = ng.optimizers.RootDamped().apply(prepared, at)
         >>> direction
         (array([[1.]]),)
@@ -375,9 +381,8 @@ class Inverse:
         >>> import numpy as np
         >>> import natgrad_array as ng
         >>> from natgrad_array.kronecker import Kronecker
-        >>> from natgrad_array.optimizers.inverses import Context
         >>> w, one = np.asarray([[0.0]]), np.asarray(1.0)
-        >>> at = Context(None, (w,), None, None, (w,), one, one)
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (w,), one, one)
         >>> moments = (Kronecker(np.asarray([[3.0]]), np.asarray([[2.0]])),)
         >>> ng.optimizers.Tikhonov().block(0, 0, moments, (), at)
         array([[6.]])

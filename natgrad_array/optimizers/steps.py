@@ -33,6 +33,18 @@ class Change(NamedTuple):
         ΔᵀFΔ of the change Δ, if a rule has found out.
     share : float
         The part of the batch that this F is of.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, w = np.asarray([[2.0]]), np.asarray([[3.0, 0.0]])
+    >>> zero, trace = np.asarray(0.0), net.forward(params, x)
+    >>> at = ng.optimizers.Context(net, params, x, trace, (w,), zero, zero)
+    >>> made = ng.optimizers.QuadraticModel(momentum=False).take((w,), (w,), at)
+    >>> float(made.rate), float(made.change[0][0, 0]), float(made.curvature)  # the best step along w
+    (0.25, -0.75, 2.25)
     """
 
     change: Tangent
@@ -94,11 +106,10 @@ class Scaling:
 
     >>> import numpy as np
     >>> import natgrad_array as ng
-    >>> from natgrad_array.optimizers.steps import Change
     >>> class Decaying(ng.optimizers.Scaling):
     ...     def take(self, direction, previous, at):
     ...         rate = 1.0 / (1.0 + at.count) + 0.0 * at.damping
-    ...         return Change(tuple(-rate[..., None, None] * d for d in direction), rate, None)
+    ...         return ng.optimizers.Change(tuple(-rate[..., None, None] * d for d in direction), rate, None)
     >>> seen = ng.optimizers.Statistics.of([np.ones((1, 1))], bias=False)
     >>> opt = ng.optimizers.Optimizer(scaling=Decaying())
     >>> params, state, gradient = (np.zeros((1, 1)),), None, (np.ones((1, 1)),)
@@ -132,9 +143,8 @@ class Scaling:
         --------
         >>> import numpy as np
         >>> import natgrad_array as ng
-        >>> from natgrad_array.optimizers.inverses import Context
         >>> w, d, one = np.asarray([[1.0]]), np.asarray([[4.0]]), np.asarray(1.0)
-        >>> at = Context(None, (w,), None, None, (d,), one, one)
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (d,), one, one)
         >>> ng.optimizers.Fixed(0.5, momentum=0.9).take((d,), (w,), at).change
         (array([[-1.1]]),)
         """
@@ -555,11 +565,11 @@ class LevenbergMarquardt(Damping):
 
         >>> import numpy as np
         >>> import natgrad_array as ng
-        >>> from natgrad_array.optimizers.inverses import Context
         >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
         >>> x, y = np.asarray([[2.0], [-2.0]]), np.asarray([[9.0], [-7.0]])
         >>> gradient, rule = net.gradient(params, x, y), ng.optimizers.Fixed(0.25)
-        >>> at = Context(net, params, x, net.forward(params, x), gradient, np.asarray(0.0), np.asarray(0.0))
+        >>> zero, trace = np.asarray(0.0), net.forward(params, x)
+        >>> at = ng.optimizers.Context(net, params, x, trace, gradient, zero, zero)
         >>> step = rule.take(gradient, gradient, at)
         >>> predicted = ng.optimizers.LevenbergMarquardt().predicted(step, gradient, at)
         >>> later = tuple(w + d for w, d in zip(params, step.change))
@@ -606,8 +616,7 @@ class LevenbergMarquardt(Damping):
 
         >>> import numpy as np
         >>> import natgrad_array as ng
-        >>> from natgrad_array.optimizers.inverses import Context
-        >>> at = Context(None, (), None, None, (), np.asarray(3.0), np.asarray(0.0))
+        >>> at = ng.optimizers.Context(None, (), None, None, (), np.asarray(3.0), np.asarray(0.0))
         >>> loss, new_loss, predicted = np.asarray(1.0), np.asarray(0.1), np.asarray(1.0)
         >>> verdict = ng.optimizers.LevenbergMarquardt().judge(loss, new_loss, predicted, at)
         >>> float(verdict.ratio), float(verdict.damping), bool(verdict.accepted)
@@ -645,9 +654,8 @@ class LevenbergMarquardt(Damping):
         --------
         >>> import numpy as np
         >>> import natgrad_array as ng
-        >>> from natgrad_array.optimizers.inverses import Context
         >>> policy, zero = ng.optimizers.LevenbergMarquardt(every=5), np.asarray(0.0)
-        >>> [bool(policy.due(Context(None, (), None, None, (), zero, zero + k))) for k in range(6)]
+        >>> [bool(policy.due(ng.optimizers.Context(None, (), None, None, (), zero, zero + k))) for k in range(6)]
         [False, False, False, False, True, False]
         """
         return (at.count + 1.0) % self.every == 0.0
