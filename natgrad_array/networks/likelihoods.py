@@ -292,7 +292,7 @@ class Likelihood:
 
     def _check(self, outputs: Array, y: Array) -> tuple[Namespace, Array, Array]:
         self._check_outputs(outputs)
-        xp = _arrays.check_arrays({"outputs": outputs, "y": y} | self._constants(), integers=True)
+        xp = _arrays.check_arrays({"the outputs": outputs, "y": y} | self._constants(), integers=True)
         return xp, outputs, self._targets(xp, outputs, y)
 
 
