@@ -330,10 +330,16 @@ def test_mistakes_are_named_before_anything_runs(name: str, monkeypatch: pytest.
         simulate_training(None, params, samples, **options)
 
 
-def test_classes_are_numbers() -> None:
+def test_classes_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "advance", None)
     net = ng.networks.MLP((3, 4, 2), likelihood="categorical")
     with pytest.raises(ValueError, match=r"y must hold class numbers of shape \(\*batch, 24\) .*, got \(24, 2\)"):
         simulate_training(net, PARAMS, (X, np.eye(2)[np.arange(24) % 2]), **OPTIONS, optimizer=KFAC)
+    classes = np.arange(24) % 2
+    with pytest.raises(
+        ValueError, match=r"held_out\[1\] must hold classes from 0 to 1 .*, got 2 at held_out\[1\]\[5\]"
+    ):
+        simulate_training(net, PARAMS, (X, classes), held_out=(X, np.arange(24) ** 2 // 9), **OPTIONS, optimizer=KFAC)
 
 
 @pytest.mark.parametrize("library", [NUMPY, JAX], ids=str)

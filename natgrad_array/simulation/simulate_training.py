@@ -105,8 +105,8 @@ def simulate_training(
     ------
     TypeError, ValueError
         If an argument is wrong or does not fit the others, if samples that all members share
-        hold a NaN or an Inf, or if results would not fit in memory or on the disk. Nothing
-        has run then.
+        hold a NaN, an Inf or targets that the likelihood does not know, or if results would
+        not fit in memory or on the disk. Nothing has run then.
     FileExistsError, ConnectionError, simulation.CheckpointError
         As `simulate` raises them.
 
@@ -195,7 +195,7 @@ def prepare_training(
             raise ValueError(f"record must not name {name!r} without {what}")
     recorded = schedule(check_count("steps", steps), record_every, record_at)
     ensemble = Trained(net, params, data, kept_out, members, {"freeze_converged": freeze_converged} | arrays)
-    ensemble.check_finite()
+    ensemble.check_values()
     of_x, _ = sample_axes(net)
     count = int(data[0].shape[data[0].ndim - of_x]) if data else 0
     size = _check_batch(batch_size, stream, count)

@@ -266,11 +266,14 @@ class Trained(Members):
             shapes |= {names[0]: tuple(x.shape[: x.ndim - of_x]), names[1]: tuple(y.shape[: y.ndim - of_y])}
         return shapes
 
-    def check_finite(self) -> None:
-        """Raise ValueError if samples that all members share hold a NaN or an Inf."""
+    def check_values(self) -> None:
+        """Raise ValueError if samples that all members share hold a NaN, an Inf, or targets that are none."""
         for names, pair in ((("x", "y"), self.samples), (("held_out[0]", "held_out[1]"), self.held_out)):
-            for name, array, axes in zip(names, self.data(pair, 0, 1), sample_axes(self.net), strict=False):
+            shared = self.data(pair, 0, 1)
+            for name, array, axes in zip(names, shared, sample_axes(self.net), strict=False):
                 _arrays.check_finite(name, array, axes)
+            if shared:
+                self.net.likelihood._check_values(names[1], shared[1], self.net.n_outputs)
 
     def data(self, pair: tuple[Array, ...], start: int, stop: int) -> tuple[Array, ...]:
         """Samples of some members; what all share has no batch axis."""
