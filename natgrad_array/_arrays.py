@@ -543,6 +543,20 @@ def add_to_diagonal(xp: Namespace, a: Array, values: float | Array) -> Array:
     return a
 
 
+def plus_transpose(a: Array) -> Array:
+    """A new a + aᵀ.
+
+    Columns of rows that lie a power of two apart fall on few places of the cache: on NumPy such
+    large matrices are read from a copy with longer rows, in a third of the time.
+    """
+    n = int(a.shape[-1])
+    if not is_numpy(a) or n < 128 or n * a.dtype.itemsize % 1024:
+        return a + a.mT
+    apart = np.empty((*a.shape[:-1], n + 8), dtype=a.dtype)[..., :n]
+    apart[...] = a
+    return a + apart.mT
+
+
 def cholesky(xp: Namespace, a: Array) -> Array:
     """Lower Cholesky factors; NaN in members that have none.
 
@@ -579,17 +593,20 @@ def nan_unless_factor(xp: Namespace, factor: Array, a: Array) -> Array:
 
 
 def has_fast_inverse(a: Array) -> bool:
-    """Whether `inverse` beats the way by Cholesky factors: small matrices on NumPy, in one call for all."""
-    return bool(is_numpy(a) and a.shape[-1] <= BLAS_THREADS_FROM)
+    """Whether `inverse`, one call for all, beats the way by Cholesky factors: for small matrices on NumPy.
+
+    That is for few of them, or beside other threads, which many short calls would keep waiting.
+    """
+    return bool(is_numpy(a) and a.shape[-1] <= BLAS_THREADS_FROM and (a.size < 2**13 or _beside_others()))
 
 
-def merges_products(a: Array) -> bool:
+def merges_products(a: Array, b: Array) -> bool:
     """Whether one large product is faster than a stack of small ones.
 
-    Not in a thread of `in_pieces`: BLAS would start threads of its own for it. Nor on NumPy
-    where rows would have to be copied before they are one matrix.
+    BLAS starts threads of its own for it, which stay busy for a while: not beside other threads
+    on NumPy, nor for little work, nor where rows would have to be copied before they are one matrix.
     """
-    return not is_numpy(a) or (a.flags.c_contiguous and threading.current_thread() is threading.main_thread())
+    return not is_numpy(a) or (a.flags.c_contiguous and a.size * b.shape[-1] >= 2**24 and not _beside_others())
 
 
 def inverse(xp: Namespace, a: Array) -> Array:
@@ -636,8 +653,7 @@ def norms(xp: Namespace, a: Array) -> Array:
 def inverse_of_factored(factor: Array) -> Array | None:
     """Inverses of matrices with given lower Cholesky factors by the library's own means, else None."""
     if is_numpy(factor):
-        half = _inverse_lower_in_place(factor)
-        return half.mT @ half
+        return _gram_of_lower(_inverse_lower_in_place(factor))
     if is_torch(factor):
         return sys.modules["torch"].cholesky_inverse(factor)
     if is_jax(factor):
@@ -671,6 +687,22 @@ def _inverse_lower_in_place(lower: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
                 inverse[:, right, left] = -(inverse[:, right, right] @ (flat[:, right, left] @ inverse[:, left, left]))
             size *= 2
     return inverse.reshape(lower.shape)
+
+
+def _gram_of_lower(lower: Array) -> Array:
+    """lowerᵀ lower of lower triangular matrices, where they are large without the products with zeros."""
+    n = lower.shape[-1]
+    if n < 2 * BLAS_THREADS_FROM:
+        return lower.mT @ lower
+    h = n // 2
+    left, right = lower[..., h:, :h], lower[..., h:, h:]
+    product = np.empty_like(lower)
+    product[..., :h, :h] = _gram_of_lower(lower[..., :h, :h])
+    product[..., :h, :h] += left.mT @ left
+    corner = np.matmul(right.mT, left, out=product[..., h:, :h])
+    product[..., :h, h:] = corner.mT
+    product[..., h:, h:] = _gram_of_lower(right)
+    return product
 
 
 # Below this size a matrix product is all overhead: rows of all blocks are worked on at once.
@@ -875,18 +907,26 @@ def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape], *, one_by_
     batch = broadcast_shapes(array.shape[:-2] for array in arrays)
     if max(batch, default=1) < 2:
         return False
-    largest = max(side for core in cores for side in core)
-    return (largest <= BLAS_THREADS_FROM or one_by_one) and _pieces(batch, arrays, cores) > 1
+    return (_threads(cores) > 0 or one_by_one) and _pieces(batch, arrays, cores) > 1
+
+
+def _threads(cores: Sequence[Shape]) -> int:
+    """How many threads there are for pieces; none where BLAS has threads of its own."""
+    return usable_threads() if max(side for core in cores for side in core) <= BLAS_THREADS_FROM else 0
 
 
 def _pieces(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
-    """In how many pieces a stack fits into a processor's cache.
+    """In how many pieces a stack fits into a processor's cache; two a thread at least where there is work for all.
 
     Products of matrices below 16 × 16 are over so soon that passes over memory decide: all
     stacks of a step, and not only a few, have to stay there.
+    Large matrices take their turns, so that a piece may fill the cache that processors share.
     """
-    small = max(side for core in cores for side in core) < 16
-    return -(-math.prod(batch) * _member_bytes(arrays, cores) // (PIECE_BYTES // 4 if small else PIECE_BYTES))
+    largest = max(side for core in cores for side in core)
+    limit = PIECE_BYTES // 4 if largest < 16 else PIECE_BYTES if largest <= BLAS_THREADS_FROM else 4 * PIECE_BYTES
+    count = -(-math.prod(batch) * _member_bytes(arrays, cores) // limit)
+    flops = math.prod(batch) * sum(m * n * min(m, n) for m, n in cores)
+    return max(count, min(2 * _threads(cores), flops // 2**21))
 
 
 def _member_bytes(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
@@ -926,8 +966,7 @@ def in_pieces(
     batch = broadcast_shapes(array.shape[:-2] for array in arrays)
     length = max(batch)
     count = min(length, _pieces(batch, arrays, cores))
-    small = max(side for core in cores for side in core) <= BLAS_THREADS_FROM
-    threads = min(usable_threads(), count) if small else 1
+    threads = max(1, min(_threads(cores), count))
     count = min(length, -(-count // threads) * threads)
     axis = batch.index(length) - len(batch) - 2
     results = tuple(np.empty((*batch, *core), dtype=arrays[0].dtype) for core in cores)
@@ -944,13 +983,44 @@ def in_pieces(
 
 
 def in_threads(work: Callable[[Any], Any], pieces: Sequence[Any], threads: int) -> list[Any]:
-    """What `work` returns for each piece, in order; by several threads where more than one is given."""
+    """What `work` returns for each piece, in order; by several threads where more than one is given.
+
+    The caller is one of them: were it to wait, two others could come to share a processor.
+    """
     if threads < 2 or len(pieces) < 2:
         return [work(piece) for piece in pieces]
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        # Settings such as `errstate` belong to the caller's context.
-        waiting = [pool.submit(contextvars.copy_context().run, work, piece) for piece in pieces]
-        return [future.result() for future in waiting]
+
+    def alone(piece: Any) -> Any:
+        _in_a_piece.set(True)
+        return work(piece)
+
+    # Settings such as `errstate` belong to the caller's context.
+    contexts = [contextvars.copy_context() for _ in pieces]
+    waiting = [
+        _pool(threads - 1).submit(context.run, alone, piece) for context, piece in zip(contexts, pieces, strict=True)
+    ]
+    mine = {}
+    try:
+        for k in reversed(range(len(pieces))):
+            if not waiting[k].cancel():
+                break
+            mine[k] = contexts[k].run(alone, pieces[k])
+    finally:
+        concurrent.futures.wait([future for future in waiting if not future.cancel()])
+    return [mine[k] if k in mine else future.result() for k, future in enumerate(waiting)]
+
+
+_in_a_piece = contextvars.ContextVar("_in_a_piece", default=False)
+
+
+@functools.cache
+def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads that are kept: to begin and end them takes as long as many a stack does."""
+    return concurrent.futures.ThreadPoolExecutor(threads, "natgrad_array")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
 def _has(array: Array, axis: int, length: int) -> bool:
@@ -962,13 +1032,18 @@ def _along(axis: int, piece: slice) -> tuple[Any, ...]:
     return (..., piece, *(slice(None),) * (-axis - 1))
 
 
+def _beside_others() -> bool:
+    """Whether other threads are at work."""
+    return _in_a_piece.get() or threading.current_thread() is not threading.main_thread()
+
+
 def usable_threads() -> int:
     """How many threads NumPy's work is given: one for each usable processor, unless BLAS is told fewer.
 
     One in a thread that is not the main one, where whoever started it has taken the
-    processors already.
+    processors already, and for what is a piece itself.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if _beside_others():
         return 1
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -174,14 +174,14 @@ def precondition(
 
 def symmetric_part(a: Array) -> Array:
     """(a + aᵀ) / 2, with one new array where the library can work in place."""
-    total = a + a.mT
+    total = _arrays.plus_transpose(a)
     total *= 0.5
     return total
 
 
 def matmul(a: Array, b: Array) -> Array:
     """Multiply a @ b, as one product where all members share b."""
-    if b.ndim > 2 or a.ndim < 3 or not _arrays.merges_products(a):
+    if b.ndim > 2 or a.ndim < 3 or not _arrays.merges_products(a, b):
         return a @ b
     xp = _arrays.namespace(a)
     rows = xp.reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
@@ -265,10 +265,22 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     """
     if method == "eigh" or 0 in a.shape or (method == "auto" and _none_factors(xp, a)):
         return _pinvh_eigh(xp, a, rtol)
+    n = int(a.shape[-1])
+    if n <= _arrays.BLAS_THREADS_FROM:
+        return _pinvh_cholesky(xp, a, rtol, method)
+
+    def of(part: Array, *cutoffs: Array) -> tuple[Array]:
+        return (_pinvh_cholesky(xp, part, cutoffs[0][..., 0, 0] if cutoffs else rtol, method),)
+
+    own = () if rtol is None or isinstance(rtol, float) else (rtol[..., None, None],)
+    return _arrays.in_pieces(of, (a, *own), [(n, n)], one_by_one=True)[0]
+
+
+def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None, method: str) -> Array:
     # To unit size, so that squares of entries stay in the range of the dtype.
     scale = xp.max(xp.abs(xp.linalg.diagonal(a)), axis=-1)[..., None, None]
     scale = xp.where(scale > 0.0, scale, 1.0)
-    unit = a + a.mT
+    unit = _arrays.plus_transpose(a)
     unit *= 0.5 / scale
     factor = _arrays.cholesky(xp, unit)
     factored = xp.isfinite(factor[..., -1, -1])

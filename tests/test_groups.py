@@ -56,6 +56,34 @@ def test_keys_that_are_no_grid_and_rules_of_their_own() -> None:
         np.testing.assert_array_equal(dataset["loss"].values[k], alone.loss)
 
 
+def test_groups_of_trained_networks(tmp_path: Path) -> None:
+    """Networks of two widths under two optimizers, each as alone; deep linear ones beside them have no optimizer."""
+    rng = np.random.default_rng(0)
+    samples = rng.standard_normal((30, 2)), rng.standard_normal((30, 1))
+    nets = {width: ng.networks.MLP((2, width, 1)) for width in (3, 5)}
+    rules = {"natural_gradient": ng.optimizers.natural_gradient(), "sgd": ng.optimizers.sgd(learning_rate=0.1)}
+    options: dict[str, Any] = {"steps": 6, "batch_size": 10, "rng": 1, "record": ("loss", "training_loss")}
+    groups = {
+        (width, rule): {"net": net, "params": net.init(width, (4,), like=samples[0]), "optimizer": optimizer}
+        for width, net in nets.items()
+        for rule, optimizer in rules.items()
+    }
+    found = simulate_groups(groups, samples, names=("width", "rule"), store=tmp_path / "s.zarr", **options)
+    dataset = found.to_xarray()
+    assert dict(dataset["training_loss"].sizes) == {"width": 2, "rule": 2, "step": 7, "member": 4}
+    for (width, rule), group in groups.items():
+        alone = ng.simulation.simulate_training(
+            group["net"], group["params"], samples, optimizer=group["optimizer"], **options
+        )
+        np.testing.assert_array_equal(dataset["loss"].sel(width=width, rule=rule).values, alone.loss)
+        for a, b in zip(found[width, rule].weights, alone.weights, strict=True):
+            np.testing.assert_array_equal(a[...], b)
+    with pytest.raises(ValueError, match=r"groups\[1\] must have params, got 'net'"):
+        simulate_groups({1: {"net": nets[3]}}, samples, steps=1)
+    with pytest.raises(ValueError, match=r"groups\[1\]: batch_size must be"):
+        simulate_groups({1: {**groups[3, "sgd"], "batch_size": 31}}, samples, steps=1)
+
+
 def test_groups_that_have_ended_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = simulate_groups(WEIGHTS, TASK, names=("depth", "width"), **OPTIONS)
     real, begun = run.advance, []

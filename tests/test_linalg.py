@@ -1212,6 +1212,17 @@ def test_condition_bound_is_above_the_condition_and_close_to_it(n: int, spread: 
         assert np.all(bound <= 2.0 + 6 * n * n * np.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("n", [128, 256, 300])
+def test_large_matrices_are_worked_on_in_blocks(n: int, dtype: str) -> None:
+    """What is read from longer rows is the same, and what leaves zeros out is the inverse and symmetric."""
+    a = np.random.default_rng(n).standard_normal((2, n, n)).astype(dtype)
+    np.testing.assert_array_equal(_arrays.plus_transpose(a), a + np.swapaxes(a, -1, -2))
+    a = positive_definite((2,), n).astype(dtype)
+    inverse = _arrays.inverse_of_factored(np.linalg.cholesky(a).astype(dtype))
+    np.testing.assert_array_equal(inverse, np.swapaxes(inverse, -1, -2))
+    np.testing.assert_allclose(a @ inverse, np.broadcast_to(np.eye(n), a.shape), atol=1e3 * epsilon(a))
+
+
 @everywhere("dtype")
 def test_inverse_of_a_stack_with_bad_members(backend: Backend, dtype: str) -> None:
     """A singular member and one with a NaN are known by their bound; the others are inverted as if alone."""

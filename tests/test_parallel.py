@@ -27,9 +27,9 @@ PRESETS: dict[str, Callable[[], opts.Optimizer]] = {
     "bounded_kfac": opts.bounded_kfac,
     "prong": opts.prong,
     "adam": opts.adam,
-    "tridiagonal": lambda: opts.Optimizer(
-        opts.ModelSampled(0.9, n_samples=2), opts.BlockTridiagonal(), opts.Fixed(0.1), opts.Damping(0.1), 2
-    ),
+    "heskes": opts.heskes,
+    "kfac": lambda: opts.kfac(share=1.0, refresh=3),
+    "tridiagonal_kfac": lambda: opts.tridiagonal_kfac(share=1.0, refresh=2),
 }
 
 
@@ -142,14 +142,18 @@ def test_inverses_are_as_old_as_they_may_be(staleness: int, client: distributed.
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "no optimizer": ("kfac", TypeError, "optimizer must be an Optimizer, got str 'kfac'"),
-    "passes": (opts.kfac(), ValueError, r"from sums over samples; .* makes passes through the network"),
+    "passes": (
+        opts.Optimizer(inverse=opts.FullFisher()),
+        ValueError,
+        r"from sums over samples; .* makes passes through the network",
+    ),
     "follows": (
         opts.Optimizer(opts.Empirical(), opts.RescaledEigenbasis()),
         ValueError,
         "RescaledEigenbasis.* follows every batch",
     ),
-    "prediction": (opts.heskes(), ValueError, "prediction is 'block_diagonal', got 'exact'"),
-    "share": (opts.Optimizer(opts.Empirical(share=0.5), opts.Tikhonov()), ValueError, "an estimate of share 1"),
+    "share": (opts.Optimizer(opts.Empirical(share=0.5), opts.Tikhonov()), ValueError, "whole batch, share 1"),
+    "share of products": (opts.Optimizer(scaling=opts.QuadraticModel(share=0.5)), ValueError, "got scaling Quadratic"),
 }
 
 

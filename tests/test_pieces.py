@@ -67,7 +67,25 @@ def test_pieces_run_in_threads_and_in_the_context_of_the_caller() -> None:
     assert np.isinf(found[5]).all()
     assert np.all(np.delete(found, 5, axis=0) == 1.0)
     assert sorted(lengths) == [2] * 6
-    assert threading.main_thread().name not in names
+    assert set(names) <= {threading.main_thread().name, "natgrad_array_0", "natgrad_array_1"}
+
+
+def test_threads_keep_the_order_and_share_their_processors_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_arrays.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    together = threading.Barrier(3)  # each of three threads takes a piece, or this waits
+
+    def work(k: int) -> tuple[int, int, str]:
+        if k in (0, 1, 19):
+            together.wait(timeout=60)
+        return k, _arrays.usable_threads(), threading.current_thread().name
+
+    found = _arrays.in_threads(work, range(20), 3)
+    assert [k for k, _, _ in found] == list(range(20))
+    assert {threads for _, threads, _ in found} == {1}
+    assert len({name for _, _, name in found}) == 3
+    assert _arrays.usable_threads() == 6
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -9,9 +9,11 @@ import optax
 
 from natgrad_array import _arrays
 from natgrad_array.networks.network import Network
+from natgrad_array.optimizers import stepping
 from natgrad_array.optimizers.estimates import Empirical, Estimate, Statistics
 from natgrad_array.optimizers.inverses import FactoredTikhonov, Inverse
-from natgrad_array.optimizers.optimizer import Optimizer, OptimizerState
+from natgrad_array.optimizers.optimizer import Optimizer
+from natgrad_array.optimizers.stepping import OptimizerState
 from natgrad_array.optimizers.steps import Damping, Fixed
 
 __all__ = ["natgrad", "scale_by_kronecker"]
@@ -94,7 +96,7 @@ def natgrad(optimizer: Optimizer, net: Network, /) -> optax.GradientTransformati
                 raise TypeError(f"update must be given {name}, got None")
         given = net.check_tangent("params", params, x)
         gradient = net.check_tangent("updates", updates, x)
-        after = optimizer._step(net, given, state, x, y, key, gradient)[1]
+        after = stepping.step(optimizer, net, given, state, x, y, key, gradient)[1]
         return type(updates)(after.previous), after
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -198,7 +200,7 @@ def scale_by_kronecker(
 
     def init(params: Any) -> OptimizerState:
         found = [_Dense(part, layout) for part in chosen("params", params)]
-        return optimizer._start(tuple(layer.matrix for layer in found))
+        return stepping.start(optimizer, tuple(layer.matrix for layer in found))
 
     def update(
         updates: Any,

@@ -23,9 +23,11 @@ from natgrad_array._arrays import Array
 from natgrad_array.kronecker import Kronecker
 from natgrad_array.networks.likelihoods import LIKELIHOODS, Likelihood
 from natgrad_array.networks.passes import Trace
+from natgrad_array.optimizers import stepping
 from natgrad_array.optimizers.estimates import Empirical, Statistics
 from natgrad_array.optimizers.inverses import Context, Tangent
-from natgrad_array.optimizers.optimizer import Optimizer, StepInfo
+from natgrad_array.optimizers.optimizer import Optimizer
+from natgrad_array.optimizers.stepping import StepInfo
 from natgrad_array.optimizers.steps import Change, LevenbergMarquardt, Scaling
 from natgrad_array.optimizers.tridiagonal import BlockTridiagonal
 
@@ -128,7 +130,7 @@ class NaturalGradient(torch.optim.Optimizer):  # type: ignore[misc]
             generator = torch.Generator(weight.device).manual_seed(int(torch.randint(2**62, ())))
         self._generator = generator
         self.info: StepInfo | None = None
-        self._state = optimizer._start(tuple(layer.read() for layer in self._layers))
+        self._state = stepping.start(optimizer, tuple(layer.read() for layer in self._layers))
         self._record: _Record | None = None
         self._inside = self._paused = False
         self._backwards = 0
@@ -317,7 +319,7 @@ class NaturalGradient(torch.optim.Optimizer):  # type: ignore[misc]
         gradient = tuple(layer.read_gradient() for layer in self._layers)
         statistics = self._statistics() if optimizer.inverse.uses_statistics else None
         trace = Trace((), (), record.output)
-        at = optimizer._context(_Net(self), params, None, trace, gradient, self._state)
+        at = stepping.context(optimizer, _Net(self), params, None, trace, gradient, self._state)
         rate = self.param_groups[0]["lr"]
         if rate != 1.0:
             optimizer = dataclasses.replace(optimizer, scaling=_Scaled(optimizer.scaling, rate))
@@ -333,8 +335,8 @@ class NaturalGradient(torch.optim.Optimizer):  # type: ignore[misc]
                 p.grad = g
             return later.detach()
 
-        new, self._state, self.info = optimizer._advance(
-            at, self._state, statistics, loss, evaluate if learns else None
+        new, self._state, self.info = stepping.advance(
+            optimizer, at, self._state, statistics, loss, evaluate if learns else None
         )
         self._write(new)
         if self.others is not None:
@@ -650,7 +652,7 @@ def _makes_passes(optimizer: Optimizer) -> bool:
     """Whether the exact Fisher information is asked for, and with it the model run again."""
     damping = optimizer.damping
     predicts = isinstance(damping, LevenbergMarquardt) and damping.prediction != "block_diagonal"
-    return optimizer.scaling.needs_network or predicts
+    return optimizer.scaling.needs_products or predicts
 
 
 def _check_repeatable(model: torch.nn.Module) -> None:
@@ -692,8 +694,8 @@ class _Scaled(Scaling):
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
         """Take a part."""
         made, rate = self.rule.take(direction, previous, at), self.rate
-        moved = None if made.moved is None else rate * made.moved
-        return Change(tuple(rate * change for change in made.change), rate * made.rate, moved)
+        square = None if made.curvature is None else rate * rate * made.curvature
+        return Change(tuple(rate * change for change in made.change), rate * made.rate, square, made.share)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -91,10 +91,27 @@ class DeepLinearFisher:
 
     Notes
     -----
+    Block (i, j) is (W_i^b Σ W_j^bᵀ) ⊗ (W_i^aᵀ Σ̃⁻¹ W_j^a), with W_i^b the product of the layers
+    before layer i and W_i^a that of those after it: Eqs 13–22 of Bernacchia, Lengyel and Hennequin
+    (2018), supplement.
+
     A tangent, a gradient or a direction is a tuple with one array of the shape of each
     layer's weights. In dense matrices layers follow each other and Vec stacks columns.
     Inverses and ranks of eager arrays bring a scalar or two to the host, which say whether
     any member needs singular values.
+
+    Examples
+    --------
+    A chain of two numbers has one direction that its product depends on.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> one = np.asarray([[1.0]])
+    >>> F = ng.deep_linear.DeepLinearFisher([2 * one, 3 * one], ng.GaussianTask(one, one, one, 2 * one))
+    >>> F.matvec([one, one])
+    (array([[15.]]), array([[10.]]))
+    >>> F.n_parameters, int(F.rank())
+    (2, 1)
     """
 
     def __init__(self, weights: Weights, task: GaussianTask) -> None:

@@ -34,6 +34,24 @@ class FisherEstimate(NetworkFisher):
     ------
     TypeError, ValueError
         If the arguments do not fit each other.
+
+    Notes
+    -----
+    F̂ = (1/NS) Σ_ns (J_nᵀ r_ns)(J_nᵀ r_ns)ᵀ with r_ns the derivatives of the losses.
+
+    Examples
+    --------
+    Two errors for each sample, of mean square 1, as under the model.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params, x = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 0.0]]),), np.asarray([[1.0], [3.0]])
+    >>> estimate = ng.FisherEstimate(net, params, x, lambda outputs: np.stack([np.ones_like(outputs)] * 2))
+    >>> estimate.n_draws
+    2
+    >>> estimate.to_dense()
+    array([[5., 2.],
+           [2., 1.]])
     """
 
     @_arrays.quiet
@@ -84,6 +102,22 @@ class FisherEstimate(NetworkFisher):
         ValueError
             If there are fewer than two draws, no such layer, or S matrices of that size
             would not fit in memory.
+
+        Notes
+        -----
+        √(Σ_s (F̂_s − F̂)² / (S (S − 1))), entry by entry, with F̂_s what draw s gives alone.
+
+        Examples
+        --------
+        Squares of 1 and 4 at the bias: 2.5 ± 1.5.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net, params, x = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 0.0]]),), np.asarray([[0.0]])
+        >>> errors = np.asarray([[[1.0]], [[2.0]]])
+        >>> estimate = ng.FisherEstimate(net, params, x, lambda outputs: errors)
+        >>> estimate.to_dense()[1:, 1:], estimate.standard_error()[1:, 1:]
+        (array([[2.5]]), array([[1.5]]))
         """
         draws = self.n_draws
         if draws < 2:

@@ -462,6 +462,17 @@ class NetworkFisher:
             If SciPy is not installed.
         ValueError
             If there are batch axes: SciPy's operators have none.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net, params, x = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 0.0]]),), np.asarray([[1.0], [3.0]])
+        >>> operator = net.fisher(params, x).to_scipy()
+        >>> operator.shape
+        (2, 2)
+        >>> operator.matvec([1.0, 0.0]).tolist()
+        [5.0, 2.0]
         """
         if self.batch_shape:
             raise ValueError(f"to_scipy needs a Fisher matrix without batch axes, got batch shape {self.batch_shape}")

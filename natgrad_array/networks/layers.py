@@ -88,6 +88,17 @@ class Layer:
         -------
         array, shape (*batch, N, T, n_in + 1)
             The rows, each with a 1 at its end.
+
+        Examples
+        --------
+        A convolution of two pixels over an image of three has two positions.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> layer = ng.networks.Conv2d((1, 3, 1), 1, kernel_size=(1, 2))
+        >>> layer.rows(np.asarray([[[[5.0], [6.0], [7.0]]]]))
+        array([[[5., 6., 1.],
+                [6., 7., 1.]]])
         """
         xp = _arrays.namespace(a)
         patches = self._unfold(a)
@@ -107,6 +118,15 @@ class Layer:
         -------
         array, shape (*batch, N, *output_shape)
             W ā.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> layer = ng.networks.Conv2d((1, 3, 1), 1, kernel_size=(1, 2))
+        >>> rows = layer.rows(np.asarray([[[[5.0], [6.0], [7.0]]]]))
+        >>> layer.forward(np.asarray([[1.0, 10.0, 0.5]]), rows)[..., 0]
+        array([[[65.5, 76.5]]])
         """
         return self._outputs(multiply(rows, weights.mT))
 
@@ -124,6 +144,20 @@ class Layer:
         -------
         array, shape (*batch, N, *input_shape)
             Derivatives with respect to what came in.
+
+        Notes
+        -----
+        The transpose of `forward` in what comes in; the column of the bias plays no part.
+
+        Examples
+        --------
+        The pixel in the middle is in both patches.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> layer = ng.networks.Conv2d((1, 3, 1), 1, kernel_size=(1, 2))
+        >>> layer.backward(np.asarray([[1.0, 10.0, 0.5]]), np.ones((1, 2, 1)))[..., 0]
+        array([[[ 1., 11., 10.]]])
         """
         return self._fold(multiply(errors, weights[..., :-1]))
 
@@ -145,6 +179,22 @@ class Layer:
         -------
         array, shape (*batch, N, *output_shape)
             The derivative of `forward`.
+
+        Notes
+        -----
+        dW ā + W dā, where dā has no entry for the bias.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> layer = ng.networks.Dense(2, 1)
+        >>> rows = layer.rows(np.asarray([[3.0, 4.0]]))
+        >>> weights, moved = np.asarray([[1.0, 10.0, 0.5]]), np.asarray([[0.0, 0.0, 1.0]])
+        >>> layer.tangent(weights, rows, moved, None)
+        array([[1.]])
+        >>> layer.tangent(weights, rows, moved, np.asarray([[0.0, 2.0]]))
+        array([[21.]])
         """
         total = multiply(rows, moved.mT)
         if change is not None:

@@ -60,6 +60,20 @@ class Likelihood:
         ------
         TypeError, ValueError
             If the targets do not fit the outputs or the likelihood.
+
+        Notes
+        -----
+        (1/N) Σ_n −log p(y_n | f_n).
+
+        Examples
+        --------
+        A coin that the model knows nothing of costs log 2.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> loss = ng.networks.Categorical().loss(np.zeros((4, 2)), np.asarray([0, 1, 1, 0]))
+        >>> bool(np.isclose(loss, np.log(np.asarray(2.0))))
+        True
         """
         xp, outputs, y = self._check(outputs, y)
         return xp.sum(self._losses(xp, outputs, y), axis=-1) / outputs.shape[-2]
@@ -84,6 +98,19 @@ class Likelihood:
         ------
         TypeError, ValueError
             If the targets do not fit the outputs or the likelihood.
+
+        Notes
+        -----
+        ∂(−log p(y | f))/∂f: Σ̃⁻¹(f − y) for Gaussian noise, p − y for classes.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> ng.networks.Gaussian().residual(np.asarray([[3.0]]), np.asarray([[5.0]]))
+        array([[-2.]])
+        >>> ng.networks.Bernoulli().residual(np.asarray([[0.0]]), np.asarray([[0]]))
+        array([[0.5]])
         """
         xp, outputs, y = self._check(outputs, y)
         return self._residuals(xp, outputs, y)
@@ -108,6 +135,19 @@ class Likelihood:
         ------
         TypeError, ValueError
             If `v` does not have the core shape of `outputs`.
+
+        Notes
+        -----
+        M v with M = ⟨r rᵀ⟩, r the `residual` of targets of the model.
+
+        Examples
+        --------
+        diag(p) − p pᵀ with p = (½, ½).
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> ng.networks.Categorical().metric(np.asarray([[0.0, 0.0]]), np.asarray([[1.0, 0.0]]))
+        array([[ 0.25, -0.25]])
         """
         self._check_outputs(outputs)
         _arrays.check_arrays({"outputs": outputs, "v": v} | self._constants())
@@ -133,6 +173,18 @@ class Likelihood:
         ------
         TypeError, ValueError
             If `outputs` are not floating, or have the wrong number of columns.
+
+        Examples
+        --------
+        For Gaussian noise it is the inverse of a root of the covariance.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> root = ng.networks.Gaussian(np.asarray([[4.0]])).metric_root(np.zeros((2, 1)))
+        >>> root @ root.mT
+        array([[[0.25]],
+        <BLANKLINE>
+               [[0.25]]])
         """
         return self._root_columns(self._check_outputs(outputs), outputs, slice(None))
 
@@ -160,6 +212,19 @@ class Likelihood:
         ------
         TypeError, ValueError
             If `outputs` are not floating, or `rng` is no source of randomness.
+
+        Examples
+        --------
+        Draws are repeated by their seed, and average to the outputs.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> likelihood, outputs = ng.networks.Gaussian(np.asarray([[4.0]])), np.asarray([[3.0], [7.0]])
+        >>> y = likelihood.sample(outputs, 0, draws=(10000,))
+        >>> y.shape
+        (10000, 2, 1)
+        >>> bool(np.all(abs(np.mean(y, axis=0) - outputs) < 5 * (4.0 / 10000) ** 0.5))
+        True
         """
         return self._sample(self._check_outputs(outputs), outputs, rng, tuple(draws))
 
@@ -202,6 +267,21 @@ class Likelihood:
         Returns
         -------
         None
+
+        Raises
+        ------
+        ValueError
+            If it does not.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> ng.networks.Gaussian().check_width(3)
+        >>> ng.networks.Gaussian(np.eye(2)).check_width(3)
+        Traceback (most recent call last):
+            ...
+        ValueError: noise_covariance must have shape (*batch, 3, 3) to match the outputs, got (2, 2)
         """
 
     def _check_outputs(self, outputs: Array) -> Namespace:
@@ -312,6 +392,20 @@ class Gaussian(Likelihood):
         Returns
         -------
         None
+
+        Raises
+        ------
+        ValueError
+            If it does not.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> ng.networks.Gaussian(np.eye(2)).check_width(3)
+        Traceback (most recent call last):
+            ...
+        ValueError: noise_covariance must have shape (*batch, 3, 3) to match the outputs, got (2, 2)
         """
         if self.noise_covariance is not None:
             _arrays.check_core("noise_covariance", self.noise_covariance, (width, width), "to match the outputs")

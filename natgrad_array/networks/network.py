@@ -303,6 +303,24 @@ class Network:
         ------
         TypeError, ValueError
             If `params` or `x` do not fit the network or each other.
+
+        Notes
+        -----
+        ā_i = [φ(W_i ā_{i-1}), 1] from ā_0 = [x, 1]: section 2 of Martens and Grosse (2015).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1, 1), activation="relu")
+        >>> params, x = (np.asarray([[2.0, 0.0]]), np.asarray([[3.0, 1.0]])), np.asarray([[1.0], [-1.0]])
+        >>> trace = net.forward(params, x)
+        >>> trace.output
+        array([[7.],
+               [1.]])
+        >>> trace.slopes
+        (array([[1.],
+               [0.]]),)
         """
         _, params = self._check_params(params, x)
         return passes.forward(self.layers, self.activations, params, x)
@@ -331,6 +349,24 @@ class Network:
         ------
         TypeError, ValueError
             If the arguments do not fit the network or each other.
+
+        Notes
+        -----
+        δ_L are the errors given, and δ_{i-1} = φ'(z_{i-1}) ∘ W_iᵀ δ_i, without the row of the bias.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1, 1), activation="relu")
+        >>> params, x = (np.asarray([[2.0, 0.0]]), np.asarray([[3.0, 1.0]])), np.asarray([[1.0], [-1.0]])
+        >>> trace = net.forward(params, x)
+        >>> first, last = net.backward(params, trace, np.ones((2, 1)))
+        >>> first[..., 0, :]
+        array([[3.],
+               [0.]])
+        >>> first.shape, net.backward(params, trace, np.ones((5, 2, 1)))[0].shape
+        ((2, 1, 1), (5, 2, 1, 1))
         """
         params = self._check_pass(params, trace, {"output_errors": output_errors})
         _arrays.check_core("output_errors", output_errors, tuple(trace.output.shape[-2:]), "like the outputs")
@@ -358,6 +394,23 @@ class Network:
         ------
         TypeError, ValueError
             If the arguments do not fit the network or each other.
+
+        Notes
+        -----
+        J_n v of each sample, by one pass forward.
+
+        Examples
+        --------
+        The product with a direction is the derivative along it.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1, 1), activation="relu")
+        >>> params, x = (np.asarray([[2.0, 0.0]]), np.asarray([[3.0, 1.0]])), np.asarray([[1.0], [-1.0]])
+        >>> trace = net.forward(params, x)
+        >>> net.tangent(params, trace, (np.asarray([[1.0, 0.0]]), np.asarray([[0.0, 1.0]])))
+        array([[4.],
+               [1.]])
         """
         moved = self.check_tangent("direction", direction, trace.output)
         params = self._check_pass(params, trace, {})
@@ -385,6 +438,27 @@ class Network:
         ------
         TypeError, ValueError
             If the arguments do not fit the network or each other.
+
+        Notes
+        -----
+        Σ_n J_nᵀ u_n, by one pass backward.
+
+        Examples
+        --------
+        It is the transpose of `tangent`: uᵀ(J v) = (Jᵀu)ᵀv.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1, 1), activation="relu")
+        >>> params, x = (np.asarray([[2.0, 0.0]]), np.asarray([[3.0, 1.0]])), np.asarray([[1.0], [-1.0]])
+        >>> trace = net.forward(params, x)
+        >>> u, v = np.asarray([[2.0], [5.0]]), (np.asarray([[1.0, 0.0]]), np.asarray([[0.0, 1.0]]))
+        >>> net.cotangent(params, trace, u)
+        (array([[6., 6.]]), array([[4., 7.]]))
+        >>> float(np.sum(u * net.tangent(params, trace, v)))
+        13.0
+        >>> float(sum(np.sum(g * w) for g, w in zip(net.cotangent(params, trace, u), v)))
+        13.0
         """
         return passes.collect(trace.rows, self.backward(params, trace, output_errors))
 
@@ -411,6 +485,16 @@ class Network:
         ------
         TypeError, ValueError
             If it is not such a tuple.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((1, 1, 1))
+        >>> net.check_tangent("momentum", (np.ones((1, 2)),), np.empty(0))
+        Traceback (most recent call last):
+            ...
+        ValueError: momentum must have one array for each of 2 layers, got 1
         """
         given = _arrays.check_sequence(name, tangent, "a tuple or list with one array for each layer")
         if len(given) != len(self.layers):

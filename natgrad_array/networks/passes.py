@@ -27,6 +27,19 @@ class Trace(NamedTuple):
         Derivatives of the activations, of every layer but the last.
     output : array, shape (*batch, N, n_L)
         What the network gives: the mean, or logits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 1.0]]),)
+    >>> trace = net.forward(params, np.asarray([[1.0], [3.0]]))
+    >>> trace.rows[0][:, 0, :]
+    array([[1., 1.],
+           [3., 1.]])
+    >>> trace.output
+    array([[3.],
+           [7.]])
     """
 
     rows: tuple[Any, ...]

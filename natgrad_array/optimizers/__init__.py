@@ -16,6 +16,7 @@ from natgrad_array.optimizers.estimates import (
 )
 from natgrad_array.optimizers.inverses import (
     Adam,
+    Context,
     FactoredTikhonov,
     FullFisher,
     Identity,
@@ -26,7 +27,7 @@ from natgrad_array.optimizers.inverses import (
     Tikhonov,
 )
 from natgrad_array.optimizers.low_rank import LowRankOnline
-from natgrad_array.optimizers.optimizer import Optimizer, OptimizerState, StepInfo
+from natgrad_array.optimizers.optimizer import Optimizer
 from natgrad_array.optimizers.parallel import DataParallel, ParallelState
 from natgrad_array.optimizers.preconditioner import Preconditioner
 from natgrad_array.optimizers.presets import (
@@ -44,7 +45,9 @@ from natgrad_array.optimizers.presets import (
 )
 from natgrad_array.optimizers.pruning import Pruned, prune, saliencies
 from natgrad_array.optimizers.searched import SearchedTikhonov
+from natgrad_array.optimizers.stepping import OptimizerState, StepInfo
 from natgrad_array.optimizers.steps import (
+    Change,
     Damping,
     Fixed,
     LevenbergMarquardt,
@@ -59,6 +62,8 @@ from natgrad_array.optimizers.whitening import Whitening
 __all__ = [
     "Adam",
     "BlockTridiagonal",
+    "Change",
+    "Context",
     "Damping",
     "DataParallel",
     "Empirical",

@@ -31,6 +31,17 @@ class Statistics(NamedTuple):
     deltas : tuple of arrays, shapes (K, *batch, N, T_i, n_i), or None
         K errors of every layer, scaled so that the Fisher information is the sum over them
         of the mean over samples; None where errors play no part.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> rows, deltas = np.asarray([[[1.0, 1.0]], [[3.0, 1.0]]]), np.asarray([[[[1.0]], [[-1.0]]]])
+    >>> seen = ng.optimizers.Statistics((rows,), (deltas,))
+    >>> [block] = ng.optimizers.Empirical().factors(seen)
+    >>> block.forward, block.backward
+    (array([[5., 2.],
+           [2., 1.]]), array([[1.]]))
     """
 
     rows: tuple[Any, ...]
@@ -130,6 +141,31 @@ class Estimate:
     ------
     ValueError
         If one of them is out of range.
+
+    Notes
+    -----
+    An estimate of one's own says in `observe` what goes back to the layers; the rest is inherited.
+    For `DataParallel` one that draws needs `noise` too.
+
+    Examples
+    --------
+    Random signs s in place of targets of the model: as ⟨s sᵀ⟩ = 1, errors R s with R Rᵀ the Fisher
+    information of the outputs are as good, and with one output exact.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> class RandomSigns(ng.optimizers.Estimate):
+    ...     def observe(self, net, params, trace, y, rng):
+    ...         signs = np.sign(rng.standard_normal((1, *trace.output.shape)))
+    ...         root = net.likelihood.metric_root(trace.output)
+    ...         errors = (root @ signs[..., None])[..., 0]
+    ...         return ng.optimizers.Statistics(trace.rows, net.backward(params, trace, errors))
+    >>> net, x, y = ng.networks.MLP((1, 1)), np.asarray([[1.0], [3.0]]), np.asarray([[3.0], [7.0]])
+    >>> params = (np.asarray([[0.0, 0.0]]),)
+    >>> opt = ng.optimizers.Optimizer(RandomSigns(), ng.optimizers.MoorePenrose())
+    >>> params, state, info = opt.step(net, params, opt.init(net, params), x, y, np.random.default_rng(0))
+    >>> params
+    (array([[2., 1.]]),)
     """
 
     average: float = 0.0
@@ -166,6 +202,24 @@ class Estimate:
         -------
         Statistics
             Of the first part of the batch.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an estimate that draws is given no source of randomness, or an empirical one targets
+            that do not fit the outputs.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net, params = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 0.0]]),)
+        >>> x, y = np.asarray([[1.0], [3.0]]), np.asarray([[4.0], [7.0]])
+        >>> seen = ng.optimizers.Empirical().observe(net, params, net.forward(params, x), y, None)
+        >>> seen.deltas
+        (array([[[[-2.]],
+        <BLANKLINE>
+                [[-1.]]]]),)
         """
         samples = int(trace.output.shape[-2])
         part = self._part(samples)
@@ -204,6 +258,19 @@ class Estimate:
         array, shape (K, *batch, N', n_L), or (K, *batch, N', n_L, 2), or None
             N(0, 1) variables for the N' samples that are looked at, two for each target that is
             not Gaussian; None where nothing is drawn.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an estimate that draws is given no source of randomness.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((3, 2))
+        >>> ng.optimizers.ModelSampled(share=0.5, n_samples=4).noise(net, (7,), 10, 0, np.empty(0)).shape
+        (4, 7, 5, 2)
         """
         return None
 
@@ -219,6 +286,15 @@ class Estimate:
         -------
         tuple of Kronecker
             A = ⟨ā āᵀ⟩ and G = Σ ⟨δ δᵀ⟩.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-2.0]])
+        >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+        >>> ng.optimizers.Empirical().factors(seen)
+        (Kronecker(forward=array([[5.]]), backward=array([[2.5]])),)
         """
         deltas = (None,) * len(statistics.rows) if statistics.deltas is None else statistics.deltas
         return tuple(self._pair(rows, errors) for rows, errors in zip(statistics.rows, deltas, strict=True))
@@ -242,6 +318,17 @@ class Estimate:
         forward, backward : pairs of an array and an int, or None
             Rows, of shapes (*batch, N T, n + 1) and (*batch, K N T, m), and what the sum of
             their outer products is divided by.
+
+        Examples
+        --------
+        Five samples of four positions, and two errors of each.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> rows, errors = np.ones((5, 4, 3)), np.ones((2, 5, 4, 1))
+        >>> (a, n), (delta, m) = ng.optimizers.ExactDirections().samples(rows, errors)
+        >>> (a.shape, n), (delta.shape, m)
+        (((20, 3), 5), ((40, 1), 20))
         """
         rows, errors = self.as_samples(rows, errors)
         xp, (*batch, count, positions, n) = _arrays.namespace(rows), rows.shape
@@ -267,6 +354,14 @@ class Estimate:
         -------
         rows, errors : arrays
             With T = 1 for "reduce", as they were for "expand".
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> rows, errors = np.asarray([[[1.0, 1.0], [3.0, 1.0]]]), np.asarray([[[[1.0], [2.0]]]])
+        >>> ng.optimizers.Empirical(convolution="reduce").as_samples(rows, errors)
+        (array([[[2., 1.]]]), array([[[[3.]]]]))
         """
         if self.convolution == "expand" or rows.shape[-2] == 1:
             return rows, errors
@@ -290,10 +385,25 @@ class ModelSampled(Estimate):
     n_samples : int
         How many targets are drawn for each input.
 
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
+
     Notes
     -----
     Of Martens and Grosse (2015), and with one draw of Bernacchia, Lengyel and Hennequin
     (2018).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params, x = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 0.0]]),), np.asarray([[1.0], [3.0]])
+    >>> estimate = ng.optimizers.ModelSampled(n_samples=1000)
+    >>> [block] = estimate.factors(estimate.observe(net, params, net.forward(params, x), x, 0))
+    >>> bool(abs(block.backward[0, 0] - 1.0) < 5 * (2 / 2000) ** 0.5)
+    True
     """
 
     n_samples: int = 1
@@ -327,6 +437,29 @@ class ExactDirections(Estimate):
         The part of the batch, from its start, that is looked at, in (0, 1].
     convolution : {"expand", "reduce"}
         How the positions of a convolution enter.
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
+
+    Notes
+    -----
+    G = ⟨Σ_k δ_k δ_kᵀ⟩ with δ_k what the layer gets of column k of the root R, R Rᵀ the Fisher
+    information of a sample's outputs: the average over the model's noise in Eqs 38–39 of
+    Bernacchia, Lengyel and Hennequin (2018), supplement, in closed form.
+
+    Examples
+    --------
+    The Fisher information p (1 − p) of one binary output with p = ½.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params, x = ng.networks.MLP((1, 1), likelihood="bernoulli"), (np.zeros((1, 2)),), np.ones((3, 1))
+    >>> estimate = ng.optimizers.ExactDirections()
+    >>> [block] = estimate.factors(estimate.observe(net, params, net.forward(params, x), x, None))
+    >>> block.backward
+    array([[0.25]])
     """
 
     def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array:
@@ -346,6 +479,29 @@ class Empirical(Estimate):
         The part of the batch, from its start, that is looked at, in (0, 1].
     convolution : {"expand", "reduce"}
         How the positions of a convolution enter.
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
+
+    Notes
+    -----
+    G = ⟨δ δᵀ⟩ over the residuals. It is the Fisher information only where the model is true: the
+    theory needs the average over the model, see `empirical_fisher`.
+
+    Examples
+    --------
+    Residuals of 2 and 1, where the Fisher information of the output is 1.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 0.0]]),)
+    >>> x, y = np.asarray([[1.0], [3.0]]), np.asarray([[4.0], [7.0]])
+    >>> estimate = ng.optimizers.Empirical()
+    >>> [block] = estimate.factors(estimate.observe(net, params, net.forward(params, x), y, None))
+    >>> block.backward
+    array([[2.5]])
     """
 
     def _errors(self, net: Network, trace: Trace, y: Array, part: int, rng: Any) -> Array:
@@ -367,6 +523,23 @@ class InputsOnly(Estimate):
         The part of the batch, from its start, that is looked at, in (0, 1].
     convolution : {"expand", "reduce"}
         How the positions of a convolution enter.
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
+
+    Notes
+    -----
+    F ≈ A ⊗ 1 with A = ⟨ā āᵀ⟩.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> seen = ng.optimizers.Statistics.of([np.asarray([[1.0], [3.0]])], bias=False)
+    >>> ng.optimizers.InputsOnly().factors(seen)
+    (Kronecker(forward=array([[5.]]), backward=None),)
     """
 
     has_errors: ClassVar[bool] = False

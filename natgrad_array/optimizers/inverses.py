@@ -43,6 +43,20 @@ class Context(NamedTuple):
         The last change of the parameters.
     decay : float or array of shape (*batch,)
         The weight decay: the curvature of the penalty, which is a multiple of the identity.
+    sums : callable or None
+        Where the samples are elsewhere: from directions to sums over samples of products with
+        F, as `sums_of_products` gives them.
+    samples : int
+        How many samples these are sums over.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> w, damping = np.ones((2, 1, 1)), np.asarray([0.1, 0.2])
+    >>> at = ng.optimizers.Context(None, (w,), None, None, (w,), damping, np.asarray(0.0), decay=0.1)
+    >>> at.scalar.shape, [round(float(s), 3) for s in at.shift]
+    ((2, 1, 1), [0.2, 0.3])
     """
 
     net: Any
@@ -54,6 +68,8 @@ class Context(NamedTuple):
     count: Array
     previous: Tangent = ()
     decay: Any = 0.0
+    sums: Any = None
+    samples: int = 0
 
     @property
     def xp(self) -> Namespace:
@@ -72,7 +88,45 @@ class Context(NamedTuple):
 
 
 class Inverse:
-    """What all inverses share; by itself it is the identity, that of gradient descent."""
+    """What all inverses share; by itself it is the identity, that of gradient descent.
+
+    Notes
+    -----
+    An inverse of one's own makes `moments` of a batch, which the optimizer averages, whatever it
+    needs of these in `refresh`, and a direction of the gradient in `apply`. `start_moments` and
+    `start` give zeros of the same structures, for an estimate with an average and an optimizer
+    that does not refresh in each step. The class attributes say what it has a use for. All of it
+    is arrays, so that a state can be traced, pickled and written to disk.
+
+    Examples
+    --------
+    The diagonal of the Fisher information of dense layers, ⟨δ² ā²⟩ entry by entry.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> class Diagonal(ng.optimizers.Inverse):
+    ...     uses_statistics = needs_errors = True
+    ...
+    ...     def moments(self, statistics, estimate):
+    ...         pairs = zip(statistics.rows, statistics.deltas)
+    ...         return tuple(np.mean(np.sum(d**2, axis=0).mT @ a**2, axis=-3) for a, d in pairs)
+    ...
+    ...     def start_moments(self, params, estimate):
+    ...         return tuple(0.0 * w for w in params)
+    ...
+    ...     start = start_moments
+    ...
+    ...     def refresh(self, prepared, moments, statistics, estimate, at):
+    ...         return moments
+    ...
+    ...     def apply(self, prepared, at):
+    ...         return tuple(g / (f + at.scalar) for g, f in zip(at.gradient, prepared)), prepared
+    >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
+    >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+    >>> opt = ng.optimizers.Optimizer(ng.optimizers.Empirical(average=0.95), Diagonal(), refresh=10)
+    >>> opt.update([np.zeros((1, 1))], None, [delta.T @ a / 2], seen)[0]
+    (array([[0.2]]),)
+    """
 
     uses_statistics: ClassVar[bool] = False
     """Whether it needs an estimate at all."""
@@ -106,6 +160,15 @@ class Inverse:
         -------
         tuple
             Arrays in nested tuples.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
+        >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+        >>> ng.optimizers.MoorePenrose().moments(seen, ng.optimizers.Empirical())
+        (Kronecker(forward=array([[5.]]), backward=array([[1.]])),)
         """
         return ()
 
@@ -123,6 +186,15 @@ class Inverse:
         -------
         tuple
             Of the structure and shapes of `moments`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> params = (np.ones((3, 1, 2)),)
+        >>> [block] = ng.optimizers.MoorePenrose().start_moments(params, ng.optimizers.Empirical())
+        >>> block.forward.shape, block.backward.shape
+        ((3, 2, 2), (3, 1, 1))
         """
         return ()
 
@@ -140,6 +212,13 @@ class Inverse:
         -------
         tuple
             Of the same structure and shapes as after a refresh.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> ng.optimizers.Adam().start((np.ones((1, 2)),), ng.optimizers.InputsOnly())
+        AdamState(first=(array([[0., 0.]]),), second=(array([[0., 0.]]),))
         """
         return ()
 
@@ -165,6 +244,19 @@ class Inverse:
         -------
         tuple
             What `apply` works with.
+
+        Examples
+        --------
+        Eigenvalues 3 and 1 inverted as 1/(λ + √damping), with a damping of 1.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> from natgrad_array.kronecker import Kronecker
+        >>> w, one = np.asarray([[0.0]]), np.asarray(1.0)
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (w,), one, one)
+        >>> moments = (Kronecker(np.asarray([[3.0]]), np.asarray([[1.0]])),)
+        >>> ng.optimizers.RootDamped().refresh((), moments, None, ng.optimizers.Empirical(), at)
+        (Kronecker(forward=array([[0.25]]), backward=array([[0.5]])),)
         """
         return prepared
 
@@ -186,6 +278,22 @@ class Inverse:
         -------
         tuple
             What `apply` works with.
+
+        Examples
+        --------
+        Half of an old second moment of 1 and half of a new one of 5, in a basis that stays.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
+        >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+        >>> from natgrad_array.kronecker import KroneckerBasis
+        >>> w, one = np.asarray([[0.0]]), np.asarray([[1.0]])
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (w,), w[0, 0], w[0, 0])
+        >>> inverse, estimate = ng.optimizers.RescaledEigenbasis(average=0.5), ng.optimizers.Empirical()
+        >>> [basis] = inverse.follow((KroneckerBasis(one, one, one),), seen, estimate, at)
+        >>> basis.scale
+        array([[3.]])
         """
         return prepared
 
@@ -205,6 +313,18 @@ class Inverse:
             Descent subtracts it.
         prepared : tuple
             What is kept.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> from natgrad_array.kronecker import Kronecker
+        >>> w, g, one = np.asarray([[0.0]]), np.asarray([[8.0]]), np.asarray(1.0)
+        >>> prepared = (Kronecker(np.asarray([[0.25]]), np.asarray([[0.5]])),)
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (g,), one, one)
+        >>> direction, _ = ng.optimizers.RootDamped().apply(prepared, at)
+        >>> direction
+        (array([[1.]]),)
         """
         return at.gradient, prepared
 
@@ -220,6 +340,18 @@ class Inverse:
         -------
         tuple of pairs of arrays, shapes (*batch,)
             Empty where there are none.
+
+        Examples
+        --------
+        Inputs that are the same in each sample have a moment of rank 1, bias and all.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> seen = ng.optimizers.Statistics.of([np.ones((5, 3))], [np.ones((5, 1))])
+        >>> opt = ng.optimizers.Optimizer(ng.optimizers.Empirical(), ng.optimizers.MoorePenrose())
+        >>> _, _, info = opt.update([np.zeros((1, 4))], None, [np.ones((1, 4))], seen)
+        >>> [(int(forward), int(backward)) for forward, backward in info.ranks]
+        [(1, 1)]
         """
         return ()
 
@@ -241,6 +373,19 @@ class Inverse:
         -------
         array, shape (*batch, n_i (n_{i-1} + 1), n_j (n_{j-1} + 1)), or None
             None for zero.
+
+        Examples
+        --------
+        A ⊗ G of the layer.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> from natgrad_array.kronecker import Kronecker
+        >>> w, one = np.asarray([[0.0]]), np.asarray(1.0)
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (w,), one, one)
+        >>> moments = (Kronecker(np.asarray([[3.0]]), np.asarray([[2.0]])),)
+        >>> ng.optimizers.Tikhonov().block(0, 0, moments, (), at)
+        array([[6.]])
         """
         return None
 
@@ -285,7 +430,18 @@ class ByFactors(Inverse):
 
 @dataclass(frozen=True)
 class Identity(Inverse):
-    """No inverse: the direction is the gradient."""
+    """No inverse: the direction is the gradient.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
+    >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+    >>> opt = ng.optimizers.Optimizer(ng.optimizers.Empirical(), ng.optimizers.Identity())
+    >>> opt.update([np.zeros((1, 1))], None, [delta.T @ a / 2], seen)[0]
+    (array([[1.]]),)
+    """
 
 
 @dataclass(frozen=True)
@@ -296,6 +452,21 @@ class MoorePenrose(ByFactors):
     ----------
     rtol : float, optional
         As in `pinvh`.
+
+    Notes
+    -----
+    E⁺ ∇ X⁺ of Eqs 38–45 of Bernacchia, Lengyel and Hennequin (2018), supplement; `PerLayer` is the
+    1/L that makes it the layerwise rule.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
+    >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+    >>> opt = ng.optimizers.Optimizer(ng.optimizers.Empirical(), ng.optimizers.MoorePenrose())
+    >>> opt.update([np.zeros((1, 1))], None, [delta.T @ a / 2], seen)[0]
+    (array([[0.2]]),)
     """
 
     rtol: float | None = None
@@ -337,7 +508,26 @@ def multiply(blocks: Any, gradient: Tangent) -> Tangent:
 
 @dataclass(frozen=True)
 class FactoredTikhonov(ByFactors):
-    """(A + πγ 1)⁻¹ ⊗ (G + γ/π 1)⁻¹: each factor damped by its share, as in K-FAC; A⁺ ⊗ G⁺ without damping."""
+    """(A + πγ 1)⁻¹ ⊗ (G + γ/π 1)⁻¹: each factor damped by its share, as in K-FAC; A⁺ ⊗ G⁺ without damping.
+
+    Notes
+    -----
+    γ² is the damping and π² = (tr A / dim A) / (tr G / dim G): section 6.3 of Martens and Grosse (2015).
+
+    Examples
+    --------
+    A = 5 and G = 1 have π² = 5, and a damping of 5 makes 10 and 2 of them.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
+    >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+    >>> opt = ng.optimizers.Optimizer(
+    ...     ng.optimizers.Empirical(), ng.optimizers.FactoredTikhonov(), damping=ng.optimizers.Damping(5.0)
+    ... )
+    >>> opt.update([np.zeros((1, 1))], None, [delta.T @ a / 2], seen)[0]
+    (array([[0.05]]),)
+    """
 
     def refresh(
         self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
@@ -377,6 +567,20 @@ class RootDamped(ByFactors):
 
     The rule of Bernacchia, Lengyel and Hennequin's own experiments (2018). Fewer samples than
     directions are worked on themselves, as a Gram matrix has their eigenvalues too.
+
+    Examples
+    --------
+    With a damping of 9 the factors 5 and 1 are inverted as 1/8 and 1/4.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
+    >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+    >>> opt = ng.optimizers.Optimizer(
+    ...     ng.optimizers.Empirical(), ng.optimizers.RootDamped(), damping=ng.optimizers.Damping(9.0)
+    ... )
+    >>> opt.update([np.zeros((1, 1))], None, [delta.T @ a / 2], seen)[0]
+    (array([[0.03125]]),)
     """
 
     looks_at_samples: ClassVar[bool] = True
@@ -455,7 +659,27 @@ def _reciprocal(xp: Namespace, values: Array, shift: float | Array, kept: Array)
 
 @dataclass(frozen=True)
 class Tikhonov(ByFactors):
-    """(A ⊗ G + damping 1)⁻¹, exactly, in the joint eigenbasis; at each step with the damping of that step."""
+    """(A ⊗ G + damping 1)⁻¹, exactly, in the joint eigenbasis; at each step with the damping of that step.
+
+    Notes
+    -----
+    With A = U Λ Uᵀ and G = V M Vᵀ the direction is V [(Vᵀ ∇ U) ⊘ (μ λᵀ + damping)] Uᵀ. K-FAC's own
+    damping, `FactoredTikhonov`, is this one up to cross terms.
+
+    Examples
+    --------
+    A = 5, G = 1 and a damping of 5 make 10.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[1.0], [-1.0]])
+    >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+    >>> opt = ng.optimizers.Optimizer(
+    ...     ng.optimizers.Empirical(), ng.optimizers.Tikhonov(), damping=ng.optimizers.Damping(5.0)
+    ... )
+    >>> opt.update([np.zeros((1, 1))], None, [delta.T @ a / 2], seen)[0]
+    (array([[0.1]]),)
+    """
 
     def start(self, params: Tangent, estimate: Estimate) -> Any:
         return tuple(
@@ -483,6 +707,23 @@ class RescaledEigenbasis(Tikhonov):
     ----------
     average : float
         How much of the old second moments is kept in the steps between.
+
+    Raises
+    ------
+    ValueError
+        If `average` is out of range.
+
+    Examples
+    --------
+    The error comes with the smaller input alone: ⟨δ²a²⟩ is 2, where ⟨δ²⟩⟨a²⟩ is 10.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> a, delta = np.asarray([[1.0], [3.0]]), np.asarray([[2.0], [0.0]])
+    >>> seen = ng.optimizers.Statistics.of([a], [delta], bias=False)
+    >>> opt = ng.optimizers.Optimizer(ng.optimizers.Empirical(), ng.optimizers.RescaledEigenbasis())
+    >>> opt.update([np.zeros((1, 1))], None, [delta.T @ a / 2], seen)[0]
+    (array([[-0.5]]),)
     """
 
     average: float = 0.95
@@ -535,6 +776,23 @@ class FullFisher(Inverse):
 
     Through P × P or, for few samples, N n_L × N n_L systems, whichever is smaller; a
     damping other than zero is added to all eigenvalues.
+
+    Notes
+    -----
+    F⁺∇, the shortest of all natural gradients F^g ∇ (Eqs 23–30 of Bernacchia, Lengyel and Hennequin,
+    2018, supplement).
+
+    Examples
+    --------
+    Linear regression in one step.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, y = np.asarray([[1.0], [3.0]]), np.asarray([[3.0], [7.0]])
+    >>> opt = ng.optimizers.Optimizer(inverse=ng.optimizers.FullFisher())
+    >>> opt.step(net, params, opt.init(net, params), x, y)[0]
+    (array([[2., 1.]]),)
     """
 
     needs_network: ClassVar[bool] = True
@@ -567,6 +825,28 @@ class Adam(Inverse):
         How much of the old means is kept.
     eps : float
         Added to the root.
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
+
+    Notes
+    -----
+    With means m = β₁m + (1 − β₁)∇ and v = β₂v + (1 − β₂)∇² the direction of step k is
+    m / (1 − β₁ᵏ) over √(v / (1 − β₂ᵏ)) + eps: algorithm 1.
+
+    Examples
+    --------
+    The first step has the sign of the gradient, and no more of it.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> w, g = np.zeros((1, 2)), np.asarray([[4.0, -0.25]])
+    >>> seen = ng.optimizers.Statistics.of([np.ones((1, 2))], bias=False)
+    >>> opt = ng.optimizers.Optimizer(inverse=ng.optimizers.Adam(eps=0.0), scaling=ng.optimizers.Fixed(0.5))
+    >>> opt.update([w], None, [g], seen)[0]
+    (array([[-0.5,  0.5]]),)
     """
 
     beta1: float = 0.9

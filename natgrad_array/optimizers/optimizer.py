@@ -2,73 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from natgrad_array import _arrays
-from natgrad_array._arrays import Array, Namespace
-from natgrad_array.networks import passes
+from natgrad_array._arrays import Array
 from natgrad_array.networks.network import Network, Params
-from natgrad_array.optimizers.estimates import Estimate, InputsOnly, Statistics, weighted
-from natgrad_array.optimizers.inverses import Context, Identity, Inverse, Tangent
+from natgrad_array.optimizers import stepping
+from natgrad_array.optimizers.estimates import Estimate, InputsOnly, Statistics
+from natgrad_array.optimizers.inverses import Identity, Inverse
 from natgrad_array.optimizers.preconditioner import Preconditioner
-from natgrad_array.optimizers.steps import Damping, Fixed, LevenbergMarquardt, Scaling, decays, dot, part_size
-
-
-class OptimizerState(NamedTuple):
-    """What an optimizer remembers between steps: arrays in nested tuples.
-
-    Attributes
-    ----------
-    count : array, shape ()
-        Steps taken.
-    damping : array, shape (*batch,)
-        Of each member.
-    moments : tuple
-        Averaged moments of the layers; empty where nothing is averaged.
-    prepared : tuple
-        What the inverse has made of them; empty where it is made anew in each step.
-    previous : tuple of arrays, shapes (*batch, n_i, n_{i-1} + 1)
-        The last change of the parameters.
-    """
-
-    count: Any
-    damping: Any
-    moments: Any
-    prepared: Any
-    previous: Any
-
-
-class StepInfo(NamedTuple):
-    """What happened in a step, member by member.
-
-    Attributes
-    ----------
-    loss : array, shape (*batch,)
-        Of the batch before the step, in nats per sample, a penalty included.
-    new_loss : array, shape (*batch,), or None
-        Of the same batch after it, where the damping policy asked for it; in steps that do
-        not change the damping, by what happened to a part of the batch.
-    rate : array, shape (*batch,)
-        How much of the direction was taken.
-    damping : array, shape (*batch,)
-        Of this step.
-    ratio : array, shape (*batch,), or None
-        Actual over predicted reduction of the loss, the actual one as in `new_loss`.
-    accepted : array of bool, shape (*batch,), or None
-        Whether the step was made.
-    ranks : tuple of pairs of arrays, shapes (*batch,)
-        Of the two moments of each layer, where the inverse decides on ranks.
-    """
-
-    loss: Any
-    new_loss: Any
-    rate: Any
-    damping: Any
-    ratio: Any
-    accepted: Any
-    ranks: Any
+from natgrad_array.optimizers.stepping import OptimizerState, StepInfo, check_network, check_state
+from natgrad_array.optimizers.steps import Damping, Fixed, Scaling
 
 
 @dataclass(frozen=True)
@@ -141,16 +86,6 @@ class Optimizer:
         if not _arrays.is_integer(self.refresh) or self.refresh < 1:
             raise ValueError(f"refresh must be an integer of at least 1, got {self.refresh!r}")
 
-    @property
-    def _keeps_prepared(self) -> bool:
-        """Whether what the inverse makes of moments is needed in another step."""
-        return self.inverse.remembers or self.refresh > 1
-
-    @property
-    def _works_on_samples(self) -> bool:
-        """Whether moments are not needed: nothing is averaged or kept, and the inverse has another way."""
-        return self.inverse.looks_at_samples and self.estimate.average == 0.0 and not self._keeps_prepared
-
     @_arrays.quiet
     def init(self, net: Network, params: Params, /) -> OptimizerState:
         """Make the state before the first step.
@@ -171,19 +106,20 @@ class Optimizer:
         ------
         TypeError, ValueError
             If `net` is no network, or `params` do not fit it.
-        """
-        _, given = _check(net, params)
-        return self._start(given)
 
-    def _start(self, given: tuple[Array, ...]) -> OptimizerState:
-        xp = _arrays.namespace(given[0])
-        batch = _arrays.broadcast_batch({str(i): tuple(w.shape[:-2]) for i, w in enumerate(given)})
-        zeros = tuple(xp.zeros((*batch, *w.shape[-2:]), dtype=w.dtype, device=_arrays.device(w)) for w in given)
-        damping = self.damping.start(xp, xp.sum(zeros[0], axis=(-2, -1)))
-        count = xp.zeros((), dtype=given[0].dtype, device=_arrays.device(given[0]))
-        moments = self.inverse.start_moments(zeros, self.estimate) if self.estimate.average > 0.0 else ()
-        prepared = self.inverse.start(zeros, self.estimate) if self._keeps_prepared else ()
-        return OptimizerState(count, damping, moments, prepared, zeros)
+        Examples
+        --------
+        An ensemble of five, each with a damping of its own.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net = ng.networks.MLP((2, 3, 1))
+        >>> state = ng.optimizers.kfac(damping=0.5).init(net, net.init(0, (5,), like=np.empty(0)))
+        >>> state.damping
+        array([0.5, 0.5, 0.5, 0.5, 0.5])
+        """
+        _, given = check_network(net, params)
+        return stepping.start(self, given)
 
     @_arrays.quiet
     def step(
@@ -220,10 +156,23 @@ class Optimizer:
         ------
         TypeError, ValueError
             If the arguments do not fit the network or each other, or `rng` is missing.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net, params = ng.networks.MLP((1, 1)), (np.asarray([[2.0, 1.0]]),)
+        >>> x, y = np.asarray([[1.0], [3.0]]), np.asarray([[4.0], [7.0]])
+        >>> net.gradient(params, x, y)
+        (array([[-0.5, -0.5]]),)
+        >>> opt = ng.optimizers.sgd(learning_rate=0.5)
+        >>> params, state, info = opt.step(net, params, opt.init(net, params), x, y)
+        >>> params, float(info.loss), int(state.count)
+        ((array([[2.25, 1.25]]),), 0.25, 1)
         """
-        _, given = _check(net, params)
-        _check_state(state)
-        return self._step(net, given, state, x, y, rng, None)
+        _, given = check_network(net, params)
+        check_state(state)
+        return stepping.step(self, net, given, state, x, y, rng, None)
 
     @_arrays.quiet
     def preconditioner(
@@ -270,110 +219,15 @@ class Optimizer:
         >>> bool(report.left_out == report.cross_layer)
         True
         """
-        _, given = _check(net, params)
-        _check_state(state)
+        _, given = check_network(net, params)
+        check_state(state)
         trace = net.forward(given, x)
-        at = self._context(net, given, x, trace, _gradient(net, given, trace, y), state)
+        at = stepping.context(self, net, given, x, trace, stepping.gradient_of(net, given, trace, y), state)
         statistics = self.estimate.observe(net, given, trace, y, rng) if self.inverse.uses_statistics else None
-        moments, prepared = self._prepare(state, at, statistics)
-        if statistics is not None and self._works_on_samples:
+        moments, prepared = stepping.prepare(self, state, at, statistics)
+        if statistics is not None and stepping.works_on_samples(self):
             moments = self.inverse.moments(statistics, self.estimate)
         return Preconditioner(self.inverse, moments, prepared, at)
-
-    def _step(
-        self,
-        net: Network,
-        given: Tangent,
-        state: OptimizerState,
-        x: Array,
-        y: Array,
-        rng: Any,
-        gradient: Tangent | None,
-    ) -> tuple[Tangent, OptimizerState, StepInfo]:
-        """A step with a gradient of the caller's, or with that of the loss."""
-        trace = net.forward(given, x)
-        loss = net.likelihood.loss(trace.output, y)
-        gradient = _gradient(net, given, trace, y) if gradient is None else gradient
-        at = self._context(net, given, x, trace, gradient, state)
-        statistics = self.estimate.observe(net, given, trace, y, rng) if self.inverse.uses_statistics else None
-
-        def evaluate(new: Tangent) -> Array:
-            return net.likelihood.loss(net.output(new, x), y)
-
-        def glance(new: Tangent, share: float) -> tuple[Array, Array]:
-            part = slice(part_size(trace, share))
-            some = x[(..., part, *(slice(None),) * len(net.layers[0].input_shape))]
-            targets = y[..., part] if net.likelihood.name == "categorical" else y[..., part, :]
-            before = net.likelihood.loss(trace.output[..., part, :], targets)
-            return before, net.likelihood.loss(net.output(new, some), targets)
-
-        return self._advance(at, state, statistics, loss, evaluate, glance)
-
-    def _context(
-        self, net: Any, params: Tangent, x: Any, trace: Any, gradient: Tangent, state: OptimizerState
-    ) -> Context:
-        """Where the optimizer is, with the weight decay in the gradient."""
-        xp, like = _arrays.namespace(state.damping), state.damping
-        decay = _arrays.check_nonnegative("weight_decay", self.weight_decay, xp, like, batch=tuple(like.shape))
-        if decays(decay):
-            decay = decay + xp.zeros_like(like)
-            gradient = tuple(g + decay[..., None, None] * w for g, w in zip(gradient, params, strict=True))
-        return Context(net, params, x, trace, gradient, like, state.count, state.previous, decay)
-
-    def _advance(
-        self,
-        at: Context,
-        state: OptimizerState,
-        statistics: Statistics | None,
-        loss: Array | None,
-        evaluate: Callable[[Tangent], Array] | None,
-        glance: Callable[[Tangent, float], tuple[Array, Array]] | None = None,
-        elsewhere: tuple[Any, Any] | None = None,
-    ) -> tuple[Tangent, OptimizerState, StepInfo]:
-        """A step from what is known of a batch; without a loss the damping stays as it is.
-
-        `evaluate` gives the loss of the batch at new parameters, `glance` that of a part of it
-        before and after. Moments and the inverse come from the statistics, or were made
-        elsewhere. The network in `at` needs no more than a likelihood and `tangent`: adapters
-        to other frameworks bring one of their own.
-        """
-        xp, loss = at.xp, None if loss is None else _penalised(at, loss, at.params)
-        moments, prepared = self._prepare(state, at, statistics) if elsewhere is None else elsewhere
-        moments = moments if self.estimate.average > 0.0 else ()
-        direction, prepared = self.inverse.apply(prepared, at)
-        made = self.scaling.take(direction, state.previous, at)
-        new = tuple(w + d for w, d in zip(at.params, made.change, strict=True))
-        change, damping = made.change, state.damping
-        new_loss = ratio = accepted = None
-        if evaluate is not None and isinstance(self.damping, LevenbergMarquardt):
-            predicted = self.damping.predicted(made, direction, at)
-            new_loss = self._evaluated(at, loss, new, evaluate, glance)
-            damping, ratio, accepted = self.damping.judge(loss, new_loss, predicted, at)
-            if self.damping.reject:
-                made_ones = accepted[..., None, None]
-                new = tuple(xp.where(made_ones, a, b) for a, b in zip(new, at.params, strict=True))
-                change = tuple(xp.where(made_ones, d, 0.0) for d in change)
-        info = StepInfo(loss, new_loss, made.rate, state.damping, ratio, accepted, self.inverse.ranks(prepared))
-        prepared = prepared if self._keeps_prepared else ()
-        return new, OptimizerState(state.count + 1.0, damping, moments, prepared, change), info
-
-    def _evaluated(self, at: Context, loss: Any, new: Tangent, evaluate: Any, glance: Any) -> Array:
-        """The loss after a step; where a glance is enough, as the part of the batch says."""
-        policy, xp = self.damping, at.xp
-        assert isinstance(policy, LevenbergMarquardt)
-
-        def whole() -> Array:
-            return _penalised(at, evaluate(new), new)
-
-        if glance is None or policy.every == 1 or policy.share == 1.0:
-            return whole()
-        before, after = glance(new, policy.share)
-        change = _penalised(at, after, new) - _penalised(at, before, at.params)
-        # Not "rises", so that a NaN has to be looked at. Each member's own part decides for it.
-        doubtful = ~(change <= 0.0) | policy.due(at)
-        return _arrays.branch(
-            xp.any(doubtful), lambda: xp.where(doubtful, whole(), loss + change), lambda: loss + change
-        )
 
     @_arrays.quiet
     def update(
@@ -419,8 +273,8 @@ class Optimizer:
         >>> params
         (array([[0.2]]),)
         """
-        for part in (self.inverse, self.scaling):
-            if part.needs_network:
+        for part, needs in ((self.inverse, self.inverse.needs_network), (self.scaling, self.scaling.needs_products)):
+            if needs:
                 raise ValueError(f"{part} makes passes through the network; use step, or choose another")
         given = _arrays.check_sequence("params", params, "a tuple or list with one array for each layer")
         steps = _arrays.check_sequence("gradient", gradient, "a tuple or list with one array for each layer")
@@ -446,68 +300,6 @@ class Optimizer:
                 )
         if not self.estimate.has_errors:
             statistics = statistics._replace(deltas=None)
-        state = self._start(given) if state is None else state
-        at = self._context(None, given, None, None, steps, state)
-        return self._advance(at, state, statistics, None, None)
-
-    def _prepare(self, state: OptimizerState, at: Context, statistics: Statistics | None) -> tuple[Any, Any]:
-        """The moments and the inverse that this step uses."""
-        if statistics is None or not self.inverse.uses_statistics:
-            return state.moments, state.prepared
-        if self._works_on_samples:
-            return (), self.inverse.refresh((), (), statistics, self.estimate, at)
-        moments = self._averaged(state, at, self.inverse.moments(statistics, self.estimate))
-
-        def refreshed() -> Any:
-            return self.inverse.refresh(state.prepared, moments, statistics, self.estimate, at)
-
-        if self.refresh == 1:
-            return moments, refreshed()
-        due = state.count % self.refresh == 0.0
-        prepared = _arrays.branch(
-            due, refreshed, lambda: self.inverse.follow(state.prepared, statistics, self.estimate, at)
-        )
-        return moments, prepared
-
-    def _averaged(self, state: OptimizerState, at: Context, moments: Any) -> Any:
-        """Moments of a batch, with those of the batches before."""
-        average = self.estimate.average
-        if average > 0.0 or self._keeps_prepared:
-            # What all members share has batch axes of its own from here on, as the state does.
-            moments = _spread(moments, self.inverse.start_moments(state.previous, self.estimate))
-        if average > 0.0:
-            kept = 1.0 - 1.0 / (state.count + 1.0)
-            moments = weighted(state.moments, moments, at.xp.where(kept < average, kept, average))
-        return moments
-
-
-def _spread(values: Any, like: Any) -> Any:
-    """Arrays in nested tuples, broadcast to the shapes of others."""
-    if isinstance(values, tuple):
-        parts = [_spread(a, b) for a, b in zip(values, like, strict=True)]
-        return type(values)(*parts) if hasattr(values, "_fields") else tuple(parts)
-    if values is None or values.shape == like.shape:
-        return values
-    return _arrays.namespace(values).broadcast_to(values, tuple(like.shape)) + 0.0
-
-
-def _gradient(net: Network, params: Tangent, trace: passes.Trace, y: Array) -> Tangent:
-    errors = net.likelihood.residual(trace.output, y) / trace.output.shape[-2]
-    return passes.collect(trace.rows, passes.backward(net.layers, params, trace, errors))
-
-
-def _penalised(at: Context, loss: Array, params: Tangent) -> Array:
-    """A loss with ½ η ‖θ‖²."""
-    return loss + 0.5 * at.decay * dot(at.xp, params, params) if decays(at.decay) else loss
-
-
-def _check(net: Network, params: Params) -> tuple[Namespace, tuple[Array, ...]]:
-    if not isinstance(net, Network):
-        raise TypeError(f"net must be a Network, got {_arrays.describe(net)}")
-    given = _arrays.check_sequence("params", params, "a tuple or list with one array for each layer")
-    return _arrays.namespace(given[0]), net.check_tangent("params", given, given[0])
-
-
-def _check_state(state: Any) -> None:
-    if not isinstance(state, OptimizerState):
-        raise TypeError(f"state must be what init or step returned, got {_arrays.describe(state)}")
+        state = stepping.start(self, given) if state is None else state
+        at = stepping.context(self, None, given, None, None, steps, state)
+        return stepping.advance(self, at, state, statistics, None, None)

@@ -13,9 +13,11 @@ from natgrad_array._arrays import Array
 from natgrad_array._client import check_client, keep, submit
 from natgrad_array.networks import passes
 from natgrad_array.networks.network import Network, Params, sample_axes
+from natgrad_array.optimizers import stepping
 from natgrad_array.optimizers.inverses import Context, Inverse, Tangent
-from natgrad_array.optimizers.optimizer import Optimizer, StepInfo, _check, _check_state
-from natgrad_array.optimizers.steps import LevenbergMarquardt
+from natgrad_array.optimizers.optimizer import Optimizer
+from natgrad_array.optimizers.stepping import StepInfo, check_network, check_state
+from natgrad_array.optimizers.steps import sums_of_products
 
 _FAN_IN = 4
 """Sums that one worker adds up at a time."""
@@ -34,6 +36,11 @@ class ParallelState(NamedTuple):
         The inverse in use.
     waiting : tuple of (int, distributed.Future)
         Inverses on their way, and the step that each is for.
+
+    Notes
+    -----
+    The example of `DataParallel` has one: it takes a cluster. With a staleness of 0 there are no
+    inverses on their way, and it holds nothing but arrays.
     """
 
     optimizer: Any
@@ -66,10 +73,9 @@ class DataParallel:
     Parameters
     ----------
     optimizer : Optimizer
-        What a step is. It has to work from sums over samples: no step rule or inverse that makes
-        passes through the network of its own or follows samples one by one, no damping
-        policy with another prediction than "block_diagonal", and an estimate that looks at
-        the whole batch.
+        What a step is. It has to work from sums over samples: no inverse that makes passes through
+        the network of its own or follows samples one by one, and an estimate, a step rule and
+        a damping policy that look at the whole batch.
     client : dask.distributed.Client
         Of the cluster. Needs the extra "dask".
     staleness : int
@@ -108,18 +114,15 @@ class DataParallel:
         opt = self.optimizer
         if not isinstance(opt, Optimizer):
             raise TypeError(f"optimizer must be an Optimizer, got {_arrays.describe(opt)}")
-        for part in (opt.inverse, opt.scaling):
-            if part.needs_network:
-                raise ValueError(f"optimizer must work from sums over samples; {part} makes passes through the network")
+        if opt.inverse.needs_network:
+            raise ValueError(
+                f"optimizer must work from sums over samples; {opt.inverse} makes passes through the network"
+            )
         if type(opt.inverse).follow is not Inverse.follow:
             raise ValueError(f"optimizer must work from sums over samples; {opt.inverse} follows every batch")
-        if isinstance(opt.damping, LevenbergMarquardt) and opt.damping.prediction != "block_diagonal":
-            raise ValueError(
-                f"optimizer must work from sums over samples, with a damping whose prediction is 'block_diagonal', "
-                f"got {opt.damping.prediction!r}"
-            )
-        if opt.estimate.share < 1.0:
-            raise ValueError(f"optimizer must have an estimate of share 1, got {opt.estimate}")
+        for name in ("estimate", "scaling", "damping"):
+            if getattr(getattr(opt, name), "share", 1.0) < 1.0:
+                raise ValueError(f"optimizer must look at the whole batch, share 1, got {name} {getattr(opt, name)}")
         if not _arrays.is_integer(self.staleness) or self.staleness < 0:
             raise ValueError(f"staleness must be an integer of at least 0, got {self.staleness!r}")
         check_client(self.client)
@@ -143,6 +146,10 @@ class DataParallel:
         ------
         TypeError, ValueError
             If `net` is no network, or `params` do not fit it.
+
+        Notes
+        -----
+        The example of `DataParallel` begins with it: there is no client without a cluster.
         """
         return ParallelState(self.optimizer.init(net, params), 0, (), ())
 
@@ -184,11 +191,15 @@ class DataParallel:
             If the arguments do not fit the network or each other, or `rng` is missing.
         ConnectionError
             If the cluster is gone; `params` and `state` are as they were.
+
+        Notes
+        -----
+        The example of `DataParallel` has it in a loop: there is no client without a cluster.
         """
         if not isinstance(state, ParallelState):
             raise TypeError(f"state must be what init or step returned, got {_arrays.describe(state)}")
-        _, given = _check(net, params)
-        _check_state(state.optimizer)
+        _, given = check_network(net, params)
+        check_state(state.optimizer)
         check_client(self.client)
         first, *others = sorted(self.client.nthreads()) or [""]
         cuts = self._cuts(net, x, y, len(others))
@@ -221,13 +232,19 @@ class DataParallel:
         total = self._sum(looks)
         count = cuts[-1]
         loss, gradient, sums = _mapped(lambda a: a / count, total)
-        at = opt._context(net, given, None, None, gradient, before)
+        at = stepping.context(opt, net, given, None, None, gradient, before)
+
+        def products(ways: Sequence[Tangent]) -> Any:
+            sent = keep(self.client, tuple(ways))
+            return self._sum([submit(self.client, _products, net, params, sent, x, **where) for x, _, where in shards])
+
+        at = at._replace(sums=products, samples=count)
         made = before.moments, before.prepared
         prepared, waiting = state.prepared, state.waiting
         if opt.inverse.uses_statistics:
-            moments = opt._averaged(before, at, sums)
+            moments = stepping.averaged(opt, before, at, sums)
             if state.steps % opt.refresh == 0:
-                bare = at._replace(net=None, params=(), gradient=(), previous=())
+                bare = at._replace(net=None, params=(), gradient=(), previous=(), sums=None)
                 future = submit(self.client, _invert, opt, prepared, moments, params, bare, **_near(inverter))
                 waiting = (*waiting, (state.steps + self.staleness if state.steps else 0, future))
             ready = [future for step, future in waiting if step <= state.steps]
@@ -240,7 +257,7 @@ class DataParallel:
             losses = [submit(self.client, _loss, net, moved, x, y, **where) for x, y, where in shards]
             return self._sum(losses)[0] / count
 
-        new, after, info = opt._advance(at, before, None, loss, evaluate, elsewhere=made)
+        new, after, info = stepping.advance(opt, at, before, None, loss, evaluate, elsewhere=made)
         return new, ParallelState(after, state.steps + 1, prepared, waiting), info
 
     def _sum(self, parts: list[Any]) -> Any:
@@ -309,6 +326,11 @@ def _look(opt: Optimizer, net: Network, params: Tangent, x: Array, y: Array, noi
 def _loss(net: Network, params: Tangent, x: Array, y: Array) -> tuple[Array]:
     trace = net.forward(params, x)
     return (net.likelihood.loss(trace.output, y) * trace.output.shape[-2],)
+
+
+@_arrays.quiet
+def _products(net: Network, params: Tangent, ways: Sequence[Tangent], x: Array) -> tuple[Array, ...]:
+    return tuple(sums_of_products(net, params, net.forward(params, x), ways))
 
 
 @_arrays.quiet

@@ -22,6 +22,19 @@ class Preconditioner:
         What the inverse has seen, and what it has made of that.
     at : Context
         The point.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, y = np.asarray([[2.0], [-2.0]]), np.asarray([[9.0], [-7.0]])
+    >>> opt = ng.optimizers.Optimizer(ng.optimizers.ExactDirections(), ng.optimizers.MoorePenrose())
+    >>> inverse = opt.preconditioner(net, params, opt.init(net, params), x, y)
+    >>> net.gradient(params, x, y)
+    (array([[-16.,  -1.]]),)
+    >>> inverse(net.gradient(params, x, y))
+    (array([[-4., -1.]]),)
     """
 
     def __init__(self, inverse: Inverse, moments: Any, prepared: Any, at: Context) -> None:
@@ -73,6 +86,18 @@ class Preconditioner:
         ValueError
             If there is no such layer, no estimate behind the inverse, or the block would
             not fit in memory.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+        >>> x, y = np.asarray([[2.0], [-2.0]]), np.asarray([[9.0], [-7.0]])
+        >>> opt = ng.optimizers.Optimizer(ng.optimizers.ExactDirections(), ng.optimizers.MoorePenrose())
+        >>> inverse = opt.preconditioner(net, params, opt.init(net, params), x, y)
+        >>> inverse.block(0, 0)
+        array([[4., 0.],
+               [0., 1.]])
         """
         params = self._at.params
         for name, index in (("i", i), ("j", j)):

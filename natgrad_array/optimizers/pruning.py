@@ -30,6 +30,16 @@ class Pruned(NamedTuple):
         Which parameter it was.
     pruned : tuple of arrays of bool, shapes (*batch, n_i, n_{i-1} + 1)
         All that is pruned now, for the next call.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((2, 1)), (np.asarray([[3.0, 1.0, 0.0]]),)
+    >>> x = np.asarray([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    >>> once = ng.optimizers.prune(net, params, x)
+    >>> int(once.layer), int(once.row), int(once.column), float(once.saliency)
+    (0, 0, 1, 0.5)
     """
 
     params: Any

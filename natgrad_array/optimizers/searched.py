@@ -36,6 +36,25 @@ class SearchedTikhonov(FactoredTikhonov):
     Notes
     -----
     Section 6.6 of Martens and Grosse (2015), with ω = (19/20)^{T_2/2}.
+
+    Examples
+    --------
+    In linear regression, with little damping in the model, less is better in the factors: each of
+    four searches takes the smallest γ that there is.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, y = np.asarray([[1.0], [3.0]]), np.asarray([[3.0], [7.0]])
+    >>> model, damping = ng.optimizers.QuadraticModel(momentum=False), ng.optimizers.Damping(0.01)
+    >>> inverse = ng.optimizers.SearchedTikhonov(every=1, scaling=model)
+    >>> opt = ng.optimizers.Optimizer(ng.optimizers.ExactDirections(), inverse, model, damping)
+    >>> state = opt.init(net, params)
+    >>> for _ in range(5):
+    ...     params, state, info = opt.step(net, params, state, x, y)
+    >>> blocks, square = state.prepared
+    >>> bool(np.isclose(square, 0.01 * (19 / 20) ** 4))
+    True
     """
 
     every: int = 20

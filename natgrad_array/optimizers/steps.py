@@ -7,6 +7,7 @@ from what the loss did. Both work member by member of an ensemble.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,13 +29,28 @@ class Change(NamedTuple):
         What is added.
     rate : array, shape (*batch,)
         How much of the direction is in it.
-    moved : array, shape (*batch, N', n_L), or None
-        How the outputs of the first N' samples move to first order, if a rule has found out.
+    curvature : array, shape (*batch,), or None
+        ΔᵀFΔ of the change Δ, if a rule has found out.
+    share : float
+        The part of the batch that this F is of.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, w = np.asarray([[2.0]]), np.asarray([[3.0, 0.0]])
+    >>> zero, trace = np.asarray(0.0), net.forward(params, x)
+    >>> at = ng.optimizers.Context(net, params, x, trace, (w,), zero, zero)
+    >>> made = ng.optimizers.QuadraticModel(momentum=False).take((w,), (w,), at)
+    >>> float(made.rate), float(made.change[0][0, 0]), float(made.curvature)  # the best step along w
+    (0.25, -0.75, 2.25)
     """
 
     change: Tangent
     rate: Array
-    moved: Array | None
+    curvature: Array | None = None
+    share: float = 1.0
 
 
 def dot(xp: Namespace, a: Tangent, b: Tangent) -> Array:
@@ -45,10 +61,29 @@ def dot(xp: Namespace, a: Tangent, b: Tangent) -> Array:
     return total
 
 
-def curvature(at: Context, trace: Trace, a: Array, b: Array) -> Array:
-    """Product aᵀ F b by how the outputs move: the mean over samples of (J a)ᵀ M (J b)."""
-    product = at.net.likelihood.metric(trace.output, b)
-    return at.xp.sum(a * product, axis=(-2, -1)) / trace.output.shape[-2]
+def curvatures(at: Context, share: float, ways: Sequence[Tangent]) -> list[list[Array]]:
+    """Products aᵀ F b of directions with each other, on the first part of the batch."""
+    if at.sums is not None:
+        return _square([total / at.samples for total in at.sums(ways)])
+    trace = part_of(at, share)
+    samples = trace.output.shape[-2]
+    return _square([total / samples for total in sums_of_products(at.net, at.params, trace, ways)])
+
+
+def sums_of_products(net: Any, params: Tangent, trace: Trace, ways: Sequence[Tangent]) -> list[Array]:
+    """Sums over samples of (J a)ᵀ M (J b), by how the outputs move: of every pair with a not after b."""
+    xp = _arrays.namespace(trace.output)
+    moved = net.tangent(
+        params, trace, tuple(xp.stack(xp.broadcast_arrays(*parts)) for parts in zip(*ways, strict=True))
+    )
+    products = [net.likelihood.metric(trace.output, moved[k, ...]) for k in range(len(ways))]
+    return [xp.sum(moved[i, ...] * product, axis=(-2, -1)) for j, product in enumerate(products) for i in range(j + 1)]
+
+
+def _square(pairs: list[Array]) -> list[list[Array]]:
+    """A symmetric matrix from its columns down to the diagonal."""
+    size = math.isqrt(2 * len(pairs))
+    return [[pairs[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(size)] for i in range(size)]
 
 
 def decays(decay: float | Array) -> bool:
@@ -57,10 +92,35 @@ def decays(decay: float | Array) -> bool:
 
 
 class Scaling:
-    """What all step rules share."""
+    """What all step rules share.
 
-    needs_network: ClassVar[bool] = False
-    """Whether it makes passes through the network itself."""
+    Notes
+    -----
+    A step rule of one's own is a `take` that returns a `Change`: what is added, and how much of the
+    direction is in it. One that asks for products with F has `needs_products`, and may hand the
+    curvature that it finds on to the damping policy.
+
+    Examples
+    --------
+    A learning rate of 1/k in step k, member by member.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> class Decaying(ng.optimizers.Scaling):
+    ...     def take(self, direction, previous, at):
+    ...         rate = 1.0 / (1.0 + at.count) + 0.0 * at.damping
+    ...         return ng.optimizers.Change(tuple(-rate[..., None, None] * d for d in direction), rate, None)
+    >>> seen = ng.optimizers.Statistics.of([np.ones((1, 1))], bias=False)
+    >>> opt = ng.optimizers.Optimizer(scaling=Decaying())
+    >>> params, state, gradient = (np.zeros((1, 1)),), None, (np.ones((1, 1)),)
+    >>> for _ in range(2):
+    ...     params, state, info = opt.update(params, state, gradient, seen)
+    >>> params, float(info.rate)
+    ((array([[-1.5]]),), 0.5)
+    """
+
+    needs_products: ClassVar[bool] = False
+    """Whether it asks for products with F, which take passes through the network."""
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
         """Turn a direction into a change of the parameters.
@@ -78,6 +138,15 @@ class Scaling:
         -------
         Change
             Before it is made.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> w, d, one = np.asarray([[1.0]]), np.asarray([[4.0]]), np.asarray(1.0)
+        >>> at = ng.optimizers.Context(None, (w,), None, None, (d,), one, one)
+        >>> ng.optimizers.Fixed(0.5, momentum=0.9).take((d,), (w,), at).change
+        (array([[-1.1]]),)
         """
         raise NotImplementedError("a step rule says how far it goes")
 
@@ -97,6 +166,26 @@ class Fixed(Scaling):
         sweep over learning rates is one.
     momentum : float
         How much of the last change is added, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        If `momentum` is out of range. A learning rate that is negative, or does not broadcast to
+        the ensemble, raises in a step.
+
+    Examples
+    --------
+    Changes of 1 and of 1 + ½.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> seen = ng.optimizers.Statistics.of([np.ones((1, 1))], bias=False)
+    >>> opt = ng.optimizers.Optimizer(scaling=ng.optimizers.Fixed(1.0, momentum=0.5))
+    >>> params, state, gradient = (np.zeros((1, 1)),), None, (np.ones((1, 1)),)
+    >>> for _ in range(2):
+    ...     params, state, info = opt.update(params, state, gradient, seen)
+    >>> params
+    (array([[-2.5]]),)
     """
 
     learning_rate: Any = 1.0
@@ -116,7 +205,7 @@ class Fixed(Scaling):
         change = tuple(scalar * d for d in direction)
         if self.momentum:
             change = tuple(c + self.momentum * p for c, p in zip(change, previous, strict=True))
-        return Change(change, rate, None)
+        return Change(change, rate)
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
         return self._changed(direction, previous, self._rate(at))
@@ -137,6 +226,26 @@ class PerLayer(Fixed):
         α, of which each layer takes one L-th.
     momentum : float
         How much of the last change is added, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        As `Fixed` does.
+
+    Notes
+    -----
+    Eq 42 of Bernacchia, Lengyel and Hennequin (2018), supplement.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> seen = ng.optimizers.Statistics.of([np.ones((1, 1)), np.ones((1, 1))], bias=False)
+    >>> opt = ng.optimizers.Optimizer(scaling=ng.optimizers.PerLayer(1.0))
+    >>> one = np.ones((1, 1))
+    >>> _, _, info = opt.update((one, one), None, (one, one), seen)
+    >>> float(info.rate)
+    0.5
     """
 
     def _rate(self, at: Context) -> Array:
@@ -158,6 +267,23 @@ class NormBound(Fixed):
         How much of the last change is added, in [0, 1).
     bound : float
         Of the squared length.
+
+    Raises
+    ------
+    ValueError
+        If `momentum` or `bound` is out of range; as `Fixed` does in a step.
+
+    Examples
+    --------
+    A step of squared length 2 · 2 in the metric of the identity, bounded by 1.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> seen = ng.optimizers.Statistics.of([np.ones((1, 1))], bias=False)
+    >>> opt = ng.optimizers.Optimizer(scaling=ng.optimizers.NormBound(1.0, bound=1.0))
+    >>> params, _, info = opt.update((np.zeros((1, 1)),), None, (2.0 * np.ones((1, 1)),), seen)
+    >>> params, float(info.rate)
+    ((array([[-1.]]),), 0.5)
     """
 
     bound: float = 1e-3
@@ -182,9 +308,12 @@ class NormBound(Fixed):
 class QuadraticModel(Scaling):
     """The best step, and the best share of the last one, in the exact quadratic model of the loss.
 
-    Δ = α d + μ Δ_0 with α and μ the solution of a 2 × 2 system of products with the exact
-    Fisher information of the batch plus the damping and the weight decay (Martens and
-    Grosse 2015, sections 6.4 and 7).
+    Δ = α d + μ Δ_0, with d the direction and Δ_0 the last change, where α and μ solve
+
+        α dᵀBd + μ dᵀBΔ_0 = −∇ᵀd,    α dᵀBΔ_0 + μ Δ_0ᵀBΔ_0 = −∇ᵀΔ_0,
+
+    and B is the exact Fisher information of the batch plus the damping and the weight decay
+    (Martens and Grosse 2015, sections 6.4 and 7).
 
     Parameters
     ----------
@@ -192,31 +321,46 @@ class QuadraticModel(Scaling):
         Whether the last change takes part.
     share : float
         The part of the batch that products with F are computed on, in (0, 1].
+
+    Raises
+    ------
+    ValueError
+        If `share` is out of range.
+
+    Examples
+    --------
+    The gradient (−16, −1), where F = diag(4, 1).
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, y = np.asarray([[2.0], [-2.0]]), np.asarray([[9.0], [-7.0]])
+    >>> opt = ng.optimizers.Optimizer(scaling=ng.optimizers.QuadraticModel())
+    >>> _, _, info = opt.step(net, params, opt.init(net, params), x, y)
+    >>> bool(np.isclose(info.rate, (16**2 + 1) / (4 * 16**2 + 1)))
+    True
     """
 
     momentum: bool = True
     share: float = 1.0
 
-    needs_network: ClassVar[bool] = True
+    needs_products: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
-        xp, trace = at.xp, part_of(at, self.share)
-        ways = [direction, previous] if self.momentum else [direction]
-        stacked = tuple(xp.stack(xp.broadcast_arrays(*arrays)) for arrays in zip(*ways, strict=True))
-        moved = at.net.tangent(at.params, trace, stacked)
-        j_d = moved[0, ...]
-        b_dd = curvature(at, trace, j_d, j_d) + at.shift * dot(xp, direction, direction)
+        xp = at.xp
+        f = curvatures(at, self.share, [direction, previous] if self.momentum else [direction])
+        b_dd = f[0][0] + at.shift * dot(xp, direction, direction)
         slope = dot(xp, at.gradient, direction)
         alone = -slope / xp.where(b_dd > 0.0, b_dd, 1.0)
         if not self.momentum:
-            return _mixed(alone, None, direction, previous, j_d, None)
-        j_p = moved[1, ...]
-        b_pp = curvature(at, trace, j_p, j_p) + at.shift * dot(xp, previous, previous)
-        b_dp = curvature(at, trace, j_d, j_p) + at.shift * dot(xp, direction, previous)
+            change = tuple(alone[..., None, None] * d for d in direction)
+            return Change(change, -alone, alone * alone * f[0][0], self.share)
+        b_pp = f[1][1] + at.shift * dot(xp, previous, previous)
+        b_dp = f[0][1] + at.shift * dot(xp, direction, previous)
         slope_p = dot(xp, at.gradient, previous)
         determinant = b_dd * b_pp - b_dp * b_dp
         # Without a last change, or along the direction, the second equation says nothing new.
@@ -224,23 +368,10 @@ class QuadraticModel(Scaling):
         safe = xp.where(solvable, determinant, 1.0)
         alpha = xp.where(solvable, (b_dp * slope_p - b_pp * slope) / safe, alone)
         mu = xp.where(solvable, (b_dp * slope - b_dd * slope_p) / safe, 0.0)
-        return _mixed(alpha, mu, direction, previous, j_d, j_p)
-
-
-def _mixed(
-    alpha: Array,
-    mu: Array | None,
-    direction: Tangent,
-    previous: Tangent,
-    j_d: Array,
-    j_p: Array | None,
-) -> Change:
-    a = alpha[..., None, None]
-    if mu is None or j_p is None:
-        return Change(tuple(a * d for d in direction), -alpha, a * j_d)
-    m = mu[..., None, None]
-    change = tuple(a * d + m * p for d, p in zip(direction, previous, strict=True))
-    return Change(change, -alpha, a * j_d + m * j_p)
+        a, m = alpha[..., None, None], mu[..., None, None]
+        change = tuple(a * d + m * p for d, p in zip(direction, previous, strict=True))
+        square = alpha * alpha * f[0][0] + 2.0 * alpha * mu * f[0][1] + mu * mu * f[1][1]
+        return Change(change, -alpha, square, self.share)
 
 
 def part_of(at: Context, share: float) -> Trace:
@@ -264,7 +395,24 @@ class Damping:
     Parameters
     ----------
     initial : float or array of shape (*batch,)
-        The damping; its batch axes are those of the ensemble.
+        The damping, in units of the eigenvalues of the Fisher information; its batch axes are
+        those of the ensemble.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `initial` is negative, or does not broadcast to the ensemble: when a state is made.
+
+    Examples
+    --------
+    A sweep over three dampings is an ensemble.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> opt = ng.optimizers.kfac(damping=np.asarray([0.1, 1.0, 10.0]))
+    >>> net = ng.networks.MLP((2, 3, 1))
+    >>> opt.init(net, net.init(0, (3,), like=np.empty(0))).damping
+    array([ 0.1,  1. , 10. ])
     """
 
     initial: Any = 0.0
@@ -288,6 +436,13 @@ class Damping:
         ------
         TypeError, ValueError
             If `initial` is negative, or does not broadcast to the ensemble.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> ng.optimizers.Damping(0.5).start(np, np.zeros((3,)))
+        array([0.5, 0.5, 0.5])
         """
         value = _arrays.check_nonnegative("damping", self.initial, xp, like, batch=tuple(like.shape))
         return value + xp.zeros_like(like)
@@ -339,6 +494,33 @@ class LevenbergMarquardt(Damping):
         costs a scalar brought to the host.
     minimum : float
         The damping never falls below it.
+
+    Raises
+    ------
+    ValueError
+        If `prediction` is unknown, or a number is out of range.
+
+    Notes
+    -----
+    The rule of Bernacchia, Lengyel and Hennequin's own experiments (2018) by default, with another
+    prediction; `kfac` has that of section 6.5 of Martens and Grosse (2015).
+
+    Examples
+    --------
+    Natural gradient steps of linear regression keep what the model promised: ratios are 1.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, y = np.asarray([[2.0], [-2.0]]), np.asarray([[9.0], [-7.0]])
+    >>> opt = ng.optimizers.Optimizer(
+    ...     inverse=ng.optimizers.FullFisher(), damping=ng.optimizers.LevenbergMarquardt(9.0)
+    ... )
+    >>> state = opt.init(net, params)
+    >>> for _ in range(2):
+    ...     params, state, info = opt.step(net, params, state, x, y)
+    >>> float(state.damping)
+    4.0
     """
 
     prediction: str = "exact"
@@ -376,14 +558,31 @@ class LevenbergMarquardt(Damping):
         -------
         array, shape (*batch,)
             Positive for a step that should help.
+
+        Examples
+        --------
+        In linear regression it is what comes.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+        >>> x, y = np.asarray([[2.0], [-2.0]]), np.asarray([[9.0], [-7.0]])
+        >>> gradient, rule = net.gradient(params, x, y), ng.optimizers.Fixed(0.25)
+        >>> zero, trace = np.asarray(0.0), net.forward(params, x)
+        >>> at = ng.optimizers.Context(net, params, x, trace, gradient, zero, zero)
+        >>> step = rule.take(gradient, gradient, at)
+        >>> predicted = ng.optimizers.LevenbergMarquardt().predicted(step, gradient, at)
+        >>> later = tuple(w + d for w, d in zip(params, step.change))
+        >>> bool(np.isclose(predicted, net.loss(params, x, y) - net.loss(later, x, y)))
+        True
         """
         xp = at.xp
         if self.prediction == "block_diagonal":
             return step.rate * (1.0 - 0.5 * step.rate) * dot(xp, at.gradient, direction)
-        trace, moved = part_of(at, self.share), step.moved
-        if moved is None or moved.shape[-2] != trace.output.shape[-2]:
-            moved = at.net.tangent(at.params, trace, step.change)
-        reduction = -dot(xp, at.gradient, step.change) - 0.5 * curvature(at, trace, moved, moved)
+        square = step.curvature
+        if square is None or step.share != self.share:
+            square = curvatures(at, self.share, [step.change])[0][0]
+        reduction = -dot(xp, at.gradient, step.change) - 0.5 * square
         if self.prediction == "exact" and not decays(at.decay):
             return reduction
         shift = at.decay if self.prediction == "exact" else at.shift
@@ -405,6 +604,23 @@ class LevenbergMarquardt(Damping):
         -------
         Verdict
             Member by member.
+
+        Notes
+        -----
+        The ratio is ρ = (loss − new_loss) / predicted: below `lower` the damping grows, above
+        `upper` it shrinks (Martens and Grosse 2015, section 6.5).
+
+        Examples
+        --------
+        Nine tenths of what was promised: the model is trusted more.
+
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> at = ng.optimizers.Context(None, (), None, None, (), np.asarray(3.0), np.asarray(0.0))
+        >>> loss, new_loss, predicted = np.asarray(1.0), np.asarray(0.1), np.asarray(1.0)
+        >>> verdict = ng.optimizers.LevenbergMarquardt().judge(loss, new_loss, predicted, at)
+        >>> float(verdict.ratio), float(verdict.damping), bool(verdict.accepted)
+        (0.9, 2.0, True)
         """
         xp = at.xp
         ratio = (loss - new_loss) / xp.where(predicted == 0.0, 1.0, predicted)
@@ -433,5 +649,13 @@ class LevenbergMarquardt(Damping):
         -------
         array of bool, shape ()
             True in every `every`-th step.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import natgrad_array as ng
+        >>> policy, zero = ng.optimizers.LevenbergMarquardt(every=5), np.asarray(0.0)
+        >>> [bool(policy.due(ng.optimizers.Context(None, (), None, None, (), zero, zero + k))) for k in range(6)]
+        [False, False, False, False, True, False]
         """
         return (at.count + 1.0) % self.every == 0.0

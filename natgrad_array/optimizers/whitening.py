@@ -30,7 +30,21 @@ class Whitening(ByFactors):
 
     Notes
     -----
+    The direction is ∇̄ Cᵀ diag((Λ + damping)⁻¹ in its eigenbasis, 1) C, with C what centres
+    homogeneous inputs: gradient descent on the whitened parameters of
     Desjardins, Simonyan, Pascanu and Kavukcuoglu (2015).
+
+    Examples
+    --------
+    With whitened inputs gradient descent solves a linear regression in one step.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> net, params = ng.networks.MLP((1, 1)), (np.zeros((1, 2)),)
+    >>> x, y = np.asarray([[1.0], [3.0]]), np.asarray([[3.0], [7.0]])
+    >>> opt = ng.optimizers.Optimizer(ng.optimizers.InputsOnly(), ng.optimizers.Whitening())
+    >>> opt.step(net, params, opt.init(net, params), x, y)[0]
+    (array([[2., 1.]]),)
     """
 
     def refresh(

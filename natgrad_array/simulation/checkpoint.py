@@ -34,6 +34,21 @@ class CheckpointError(RuntimeError):
     ----------
     message : str
         In words.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> import tempfile
+    >>> task = ng.GaussianTask.from_modes(np.eye(2), np.asarray([3.0, 1.0]), np.eye(2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for rate in (0.5, 0.25):
+    ...         try:
+    ...             ng.simulate((np.eye(2),), task, learning_rate=rate, steps=3, checkpoint=f"{folder}/run")
+    ...         except ng.simulation.CheckpointError as error:
+    ...             print(str(error).partition(" is ")[2])
+    History(batch_shape=(), steps=3, records=4 of loss; 0 diverged)
+    the checkpoint of another run (learning_rate: 0.5 there, 0.25 here); choose another path
     """
 
     def __init__(self, message: str) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from natgrad_array import _arrays
-from natgrad_array.deep_linear.task import GaussianTask
 from natgrad_array.simulation.datasets import need
 from natgrad_array.simulation.history import History
+from natgrad_array.simulation.prepared import Prepared
 from natgrad_array.simulation.progress import check_progress
 from natgrad_array.simulation.simulate import prepare, simulate
+from natgrad_array.simulation.simulate_training import prepare_training, simulate_training
 
 _MARK = "natgrad_array_groups"
 
@@ -42,6 +43,22 @@ class Groups(Mapping[Any, History]):
         What keys, or their parts, stand for.
     store : str or None
         The Zarr store that has a group for each of them. `xarray.open_datatree` opens it.
+
+    Examples
+    --------
+    Two simulations that have run one by one, under one name.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> task = ng.GaussianTask.from_modes(np.eye(2), np.asarray([3.0, 1.0]), np.eye(2))
+    >>> start = ng.deep_linear.orthogonal(0, (2, 2, 2), (5,), like=np.empty(0))
+    >>> rules = ("gradient", "layerwise")
+    >>> runs = {rule: ng.simulate(start, task, rule=rule, learning_rate=0.1, steps=10) for rule in rules}
+    >>> groups = ng.simulation.Groups(runs, ("rule",))
+    >>> groups
+    Groups(2 by rule; 10 members, 0 diverged)
+    >>> groups["layerwise"].loss.shape
+    (11, 5)
     """
 
     def __init__(self, histories: Mapping[Any, History], names: tuple[str, ...], store: str | None = None) -> None:
@@ -120,7 +137,7 @@ class Groups(Mapping[Any, History]):
 
 def simulate_groups(
     groups: Mapping[Any, Any],
-    task: GaussianTask,
+    data: Any,
     /,
     *,
     names: str | Sequence[str] = "group",
@@ -129,15 +146,16 @@ def simulate_groups(
     progress: bool = False,
     **options: Any,
 ) -> Groups:
-    """Simulate ensembles that differ in depth, width or rule, one after another.
+    """Simulate ensembles that differ in depth, width, rule or optimizer, one after another.
 
     Parameters
     ----------
     groups : mapping
         By key the weights of an ensemble, or a mapping of arguments of `simulate` that are
-        its own, "weights" among them. Keys are strings or numbers, or tuples of them.
-    task : GaussianTask
-        What all learn, where a group does not bring a "task" of its own.
+        its own, "weights" among them; with "net" and "params" among them, arguments of
+        `simulate_training`. Keys are strings or numbers, or tuples of them.
+    data : GaussianTask, or pair of arrays or callable
+        What all learn, where a group does not bring a "task", or "samples", of its own.
     names : str or sequence of str
         What the keys stand for, or each of their parts.
     store : str or path, optional
@@ -147,7 +165,7 @@ def simulate_groups(
     progress : bool
         Whether to show a bar for each group.
     **options
-        Arguments of `simulate` for all groups.
+        Arguments of `simulate`, or of `simulate_training`, for all groups.
 
     Returns
     -------
@@ -161,6 +179,10 @@ def simulate_groups(
     FileExistsError, simulation.CheckpointError
         As `simulate` raises them.
 
+    See Also
+    --------
+    simulate, simulate_training : what a group runs by.
+
     Examples
     --------
     >>> import numpy as np
@@ -170,6 +192,15 @@ def simulate_groups(
     >>> groups = {rule: {"weights": weights, "rule": rule} for rule in ("gradient", "layerwise")}
     >>> ng.simulation.simulate_groups(groups, task, names="rule", learning_rate=0.1, steps=10)
     Groups(2 by rule; 10 members, 0 diverged)
+
+    Nonlinear networks of two widths, under an optimizer:
+
+    >>> x = np.random.default_rng(0).standard_normal((50, 2))
+    >>> nets = {width: ng.networks.MLP((2, width, 1)) for width in (4, 8)}
+    >>> groups = {width: {"net": net, "params": net.init(0, (5,), like=x)} for width, net in nets.items()}
+    >>> opt = ng.optimizers.foof(learning_rate=0.5)
+    >>> ng.simulation.simulate_groups(groups, (x, x[:, :1] * x[:, 1:]), names="width", optimizer=opt, steps=10)
+    Groups(2 by width; 10 members, 0 diverged)
     """
     if not isinstance(groups, Mapping) or not groups:
         raise TypeError(f"groups must be a mapping with at least one ensemble, got {_arrays.describe(groups)}")
@@ -180,23 +211,31 @@ def simulate_groups(
     for key, group in groups.items():
         label = _label(titles, key)
         own = dict(group) if isinstance(group, Mapping) else {"weights": group}
-        if "weights" not in own:
-            raise ValueError(f"groups[{key!r}] must have weights, got {', '.join(map(repr, own)) or 'nothing'}")
         arguments = options | own | {"progress": label if progress else False}
         if root is not None:
             arguments["store"] = os.path.join(root, label)
         if checkpoint is not None:
             arguments["checkpoint"] = Path(checkpoint) / label
-        weights, what = arguments.pop("weights"), arguments.pop("task", task)
-        bound = inspect.signature(simulate).bind(weights, what, **arguments)
-        bound.apply_defaults()
-        try:
-            prepared[key] = prepare(*bound.args, **bound.kwargs)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"groups[{key!r}]: {error}") from error
+        prepared[key] = _prepared(key, own, arguments, data)
     if root is not None:
         _open(root, titles)
     return Groups({key: one.run() for key, one in prepared.items()}, titles, root)
+
+
+def _prepared(key: Any, own: dict[str, Any], arguments: dict[str, Any], data: Any) -> Prepared:
+    """All of a group's arguments checked."""
+    trained = "net" in arguments
+    needed, learnt = (("net", "params"), "samples") if trained else (("weights",), "task")
+    missing = [name for name in needed if name not in arguments]
+    if missing:
+        raise ValueError(f"groups[{key!r}] must have {missing[0]}, got {', '.join(map(repr, own)) or 'nothing'}")
+    positional = [arguments.pop(name) for name in needed] + [arguments.pop(learnt, data)]
+    bound = inspect.signature(simulate_training if trained else simulate).bind(*positional, **arguments)
+    bound.apply_defaults()
+    try:
+        return (prepare_training if trained else prepare)(*bound.args, **bound.kwargs)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"groups[{key!r}]: {error}") from error
 
 
 def _parts(key: Any) -> tuple[Any, ...]:

@@ -50,6 +50,24 @@ class History:
         Rule and integrator, or optimizer and network; seed, versions, device, dtype and command of the run.
     store : str or None
         The Zarr store that records and weights are in. Arrays are then Zarr's: index them.
+
+    Examples
+    --------
+    Steps of ½ take half of what is left of every mode.
+
+    >>> import numpy as np
+    >>> import natgrad_array as ng
+    >>> task = ng.GaussianTask.from_modes(np.eye(2), np.asarray([3.0, 1.0]), np.eye(2))
+    >>> history = ng.simulate((np.zeros((2, 2)),), task, learning_rate=0.5, steps=3, record="modes")
+    >>> history
+    History(batch_shape=(), steps=3, records=4 of modes; 0 diverged)
+    >>> history.modes
+    array([[0.   , 0.   ],
+           [1.5  , 0.5  ],
+           [2.25 , 0.75 ],
+           [2.625, 0.875]])
+    >>> history.time, history.target_modes, int(history.diverged_at)
+    (array([0. , 0.5, 1. , 1.5]), array([3., 1.]), -1)
     """
 
     def __init__(

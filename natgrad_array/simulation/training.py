@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array, MemberNoise, Namespace, Shape
 from natgrad_array.networks.network import Network, sample_axes
-from natgrad_array.optimizers.optimizer import Optimizer, OptimizerState
+from natgrad_array.optimizers import stepping
+from natgrad_array.optimizers.optimizer import Optimizer
+from natgrad_array.optimizers.stepping import OptimizerState
 from natgrad_array.simulation.ensemble import Members, Piece, rows
 from natgrad_array.simulation.state import State, idle, masked, settle, start
 
@@ -114,7 +116,7 @@ class Training:
         if mask is not None:
             # The memory of those that have diverged is as harmless as their parameters.
             newly = (state.rate != 0.0) & ~mask[:, None, None]
-            fresh = self.optimizer._start(tuple(idle(xp, w) + xp.zeros_like(w) for w in settled.weights))
+            fresh = stepping.start(self.optimizer, tuple(idle(xp, w) + xp.zeros_like(w) for w in settled.weights))
             memory = _where(xp, newly[:, 0, 0], fresh, state.memory.optimizer)
             # Steps are counted for all together.
             memory = memory._replace(count=state.memory.optimizer.count)
@@ -141,7 +143,7 @@ class Training:
         x, y = self.batch(xp, data, order, number)
         rng = None if data.key is None else MemberNoise(data.key, _DRAWS, number, data.members)
         optimizer = with_settings(self.optimizer, data.learning_rate, data.weight_decay)
-        moved, state, info = optimizer._step(self.net, weights, memory.optimizer, x, y, rng, None)
+        moved, state, info = stepping.step(optimizer, self.net, weights, memory.optimizer, x, y, rng, None)
         return moved, Memory(state, order), info.loss
 
     def _kept(self, xp: Namespace, state: State, moved: Layers, memory: Memory, everyone: bool) -> State:
@@ -310,4 +312,4 @@ class Loader:
         order: Any = ()
         if system.batch_size is not None:
             order = _arrays.counted_permutation(self.key, _ORDERS, 0, system.count, xp, like)
-        return data, start(xp, layers, moving, Memory(optimizer._start(layers), order))
+        return data, start(xp, layers, moving, Memory(stepping.start(optimizer, layers), order))
