@@ -389,6 +389,21 @@ def inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
     return result, _condition_bound(xp, a, result)
 
 
+def inverses(xp: Namespace, arrays: tuple[Array, ...]) -> list[tuple[Array, Array]]:
+    """`inverse` of several stacks of square matrices of one size."""
+    if not _arrays.calls_may_meet(arrays[0]):
+        return [inverse(xp, a) for a in arrays]
+    n = arrays[0].shape[-1]
+    lengths = [math.prod(a.shape[:-2]) for a in arrays]
+    result = _arrays.inverse(xp, xp.concat([xp.reshape(a, (-1, n, n)) for a in arrays]))
+    found, start = [], 0
+    for a, length in zip(arrays, lengths, strict=True):
+        own = xp.reshape(result[start : start + length, ...], a.shape)
+        found.append((own, _condition_bound(xp, a, own)))
+        start += length
+    return found
+
+
 def positive_inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """`inverse` of positive definite matrices, through Cholesky factors where that is faster."""
     if _arrays.has_fast_inverse(a):
