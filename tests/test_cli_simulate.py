@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import re
 import shlex
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import xarray
 
 import natgrad_array as ng
-from natgrad_array.cli import main, simulate
+from natgrad_array.cli import main, simulate, sweep
 from natgrad_array.simulation import run
 
 FILE = """\
@@ -92,6 +94,24 @@ def test_a_sweep_follows_the_closed_forms(capsys: pytest.CaptureFixture[str]) ->
     assert Path("o/sweep.png").stat().st_size > 10_000
     assert Path("o/sweep.toml").read_text() == FILE
     assert "72 networks in 6 groups, 2 of each kind, 40 steps" in capsys.readouterr().out
+
+
+def test_the_example_of_the_documentation_has_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs/simulation.md").read_text(encoding="utf-8")
+    text = page.partition("```toml\n")[2].partition("```")[0]
+    sweep.read(write("plain.toml", text))
+    text = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
+    sweep.read(write("full.toml", text))
+    given = tomllib.loads(text)
+    keys = {f"{name}.{key}" for name in ("task", "grid") for key in given[name]} | set(given) - {"task", "grid"}
+    assert keys == set(sweep.KEYS)
+    for options in (sweep.INITS, sweep.INTEGRATORS, sweep.RULES, sweep.OBSERVABLES):
+        assert all(f'"{option}"' in text for option in options)
+
+
+def write(name: str, text: str) -> Path:
+    Path(name).write_text(text, encoding="utf-8")
+    return Path(name)
 
 
 def test_blow_ups_and_narrow_networks_are_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,9 @@ def demo_command(
     data_file: Annotated[
         Path | None, typer.Option("--data", help="npz file with arrays x (samples, inputs) and y (samples, outputs).")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the figure and the arrays.")] = Path("natgrad-demo"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the figure and the arrays; those of an earlier demo are replaced.")
+    ] = Path("natgrad-demo"),
 ) -> int:
     """Let ensembles learn handwritten digits by four rules, and hold the pace against the theory."""
     if not 0.0 < learning_rate < 1.0:
@@ -205,7 +207,7 @@ def train_command(
     samples = train.split(pictures, task, dtype.value)
     net = train.make_network(samples, task, widths, activation)
     train.check_size(net, members)
-    output.prepare(out)
+    output.prepare(out, train.ARRAYS)
     widest = max(max(layer.parameter_shape) for layer in net.layers)
     with progress() as bar, libraries.one_thread(widest):
         job = bar.add_task(preset, total=steps)
@@ -244,6 +246,8 @@ def train_command(
         soft_wrap=True,
     )
     screen.print(train.table(history, preset))
+    if lost := train.lost(history, preset):
+        screen.print(f"\n{lost}", soft_wrap=True)
     if task == "classify":
         screen.print(f"\n{train.classified(net, history.params, samples)}")
     taken = history.step[-1]
@@ -300,7 +304,7 @@ def compare_command(
     parts = train.split(pictures, task, dtype.value)
     net = train.make_network(parts, task, widths, activation)
     train.check_size(net, members)
-    output.prepare(out)
+    output.prepare(out, compare.ARRAYS)
     reports: compare.Reports = {}
     widest = max(max(layer.parameter_shape) for layer in net.layers)
     with progress() as bar, libraries.one_thread(widest):
