@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -390,18 +391,21 @@ def simulate_command(
         command = " ".join(["natgrad-array simulate", str(file), *options, f"--out {out} --resume"])
         sys.stderr.write(f"natgrad-array: interrupted; a checkpoint is kept. To go on: {command}\n")
         return INTERRUPTED
-    summary = simulate.rows(grid, found)
-    written = simulate.write(out, file, grid, found, summary)
+    courses = {key: simulate.course(history) for key, history in found.items()}
+    summary = simulate.rows(grid, found, courses)
+    written = simulate.write(out, file, grid, courses, np.asarray(grid.recorded), summary)
     screen = console()
     members = sum(row.members for row in summary)
     screen.print(
-        f"{members} networks in {len(found)} groups, {grid.steps} steps, {len(grid.recorded)} records; "
+        f"{members} networks in {len(found)} groups, {grid.seeds} of each kind, {grid.steps} steps, "
+        f"{len(grid.recorded)} records; "
         f"{place.name} on {place.device}, {dtype.value}.\n",
         soft_wrap=True,
     )
     screen.print(simulate.table(summary))
     if len(summary) > simulate.ROWS:
         screen.print(f"… and {len(summary) - simulate.ROWS} more in {written[2]}", soft_wrap=True)
+    screen.print("\n" + "\n".join(simulate.notes(grid, summary)), soft_wrap=True)
     diverged = sum(row.diverged for row in summary)
     screen.print(f"\nDiverged: {diverged} of {members}. Written: {', '.join(map(str, written))}", soft_wrap=True)
     return 0
