@@ -476,13 +476,13 @@ def branch(flag: Array | bool, yes: Callable[[], Any], no: Callable[[], Any]) ->
     return yes() if bool(flag) else no()
 
 
-def branches_freely(array: Array) -> bool:
-    """Whether `branch` costs no more than the way it takes: not in a trace for a CPU.
+def calls_may_meet(array: Array) -> bool:
+    """Whether factorisations that do not depend on each other are better made by one call.
 
-    There XLA works on independent operations side by side, but not within a conditional,
-    which makes a long computation a quarter slower.
+    On a CPU jaxlib 0.10 has each call of LAPACK wait, in one of XLA's threads, for work that it
+    gives to others of them: as many calls side by side as there are threads never end.
     """
-    return not is_lazy(array) or sys.modules["jax"].default_backend() != "cpu"
+    return is_jax(array)
 
 
 def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None) -> Array:
@@ -1142,6 +1142,14 @@ def while_loop(
     while bool(condition(state)):
         state = body(state)
     return state
+
+
+def made_first(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Arrays that a JAX trace makes once, before all that is made of them."""
+    if not (is_jax(arrays[0]) and is_lazy(arrays[0])):
+        return arrays
+    result: tuple[Array, ...] = sys.modules["jax"].lax.optimization_barrier(arrays)
+    return result
 
 
 def repeat(body: Callable[[Any, Any], Any], state: Any, count: Any) -> Any:

@@ -263,7 +263,7 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     "auto" inverts through Cholesky factors and decomposes only the members without a
     certificate. On eager arrays a few scalars say how many these are.
     """
-    if method == "eigh" or 0 in a.shape or (method == "auto" and _none_factors(xp, a)):
+    if method == "eigh" or 0 in a.shape or (method == "auto" and _none_certified(xp, a, rtol)):
         return _pinvh_eigh(xp, a, rtol)
     n = int(a.shape[-1])
     if n <= _arrays.BLAS_THREADS_FROM:
@@ -277,21 +277,10 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
 
 
 def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None, method: str) -> Array:
-    # To unit size, so that squares of entries stay in the range of the dtype.
-    scale = xp.max(xp.abs(xp.linalg.diagonal(a)), axis=-1)[..., None, None]
-    scale = xp.where(scale > 0.0, scale, 1.0)
-    unit = _arrays.plus_transpose(a)
-    unit *= 0.5 / scale
-    factor = _arrays.cholesky(xp, unit)
-    factored = xp.isfinite(factor[..., -1, -1])
-    if method == "auto" and _arrays.eager_any(xp, factored) is False:
+    scale, unit, factor = _unit_factor(xp, a)
+    if method == "auto" and _arrays.eager_any(xp, _factored(xp, factor)) is False:
         return _pinvh_eigh(xp, a, rtol)
-    inverse = _inverse_of_factored(xp, factor)
-    bound = _condition_bound(xp, unit, inverse)
-    cutoff = rank_cutoff(xp, a, rtol)
-    # The inverse itself is only known to κ·n·eps, which the margin is for.
-    cutoff = (cutoff if isinstance(cutoff, float) else cutoff[..., 0]) + 4 * a.shape[-1] * _arrays.eps(xp, a)
-    certified = factored & (bound * cutoff < 1.0)
+    inverse, certified = _certified_inverse(xp, unit, factor, rtol)
     inverse /= scale
     if method == "cholesky":
         return xp.where(certified[..., None, None], inverse, xp.nan)
@@ -321,12 +310,41 @@ def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
     return _arrays.repair(xp, ~certified, (inverse,), (total,), lambda a: (_pinvh_eigh(xp, a, None),))[0]
 
 
-def _none_factors(xp: Namespace, a: Array) -> bool:
-    """Whether not one in sixteen members of a large eager stack has a Cholesky factor: then few will."""
+def _unit_factor(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
+    """A scale, the symmetric part over it, and the Cholesky factor of that."""
+    # To unit size, so that squares of entries stay in the range of the dtype.
+    scale = xp.max(xp.abs(xp.linalg.diagonal(a)), axis=-1)[..., None, None]
+    scale = xp.where(scale > 0.0, scale, 1.0)
+    unit = _arrays.plus_transpose(a)
+    unit *= 0.5 / scale
+    return scale, unit, _arrays.cholesky(xp, unit)
+
+
+def _factored(xp: Namespace, factor: Array) -> Array:
+    return xp.isfinite(factor[..., -1, -1])
+
+
+def _certified_inverse(xp: Namespace, a: Array, factor: Array, rtol: float | Array | None) -> tuple[Array, Array]:
+    """The inverse by a Cholesky factor, and which members it is the pseudo-inverse of."""
+    inverse = _inverse_of_factored(xp, factor)
+    cutoff = rank_cutoff(xp, a, rtol)
+    # The inverse itself is only known to κ·n·eps, which the margin is for.
+    cutoff = (cutoff if isinstance(cutoff, float) else cutoff[..., 0]) + 4 * a.shape[-1] * _arrays.eps(xp, a)
+    return inverse, _factored(xp, factor) & (_condition_bound(xp, a, inverse) * cutoff < 1.0)
+
+
+def _none_certified(xp: Namespace, a: Array, rtol: float | Array | None) -> bool:
+    """Whether not one in sixteen members of a large eager stack has a certificate: then few will.
+
+    Rounding gives some members of deficient rank a Cholesky factor, seldom all of them.
+    """
     if a.ndim < 3 or a.shape[-3] < 64 or _arrays.is_lazy(a):
         return False
-    some = symmetric_part(a[..., ::16, :, :])
-    return _arrays.eager_any(xp, xp.isfinite(_arrays.cholesky(xp, some)[..., -1, -1])) is False
+    _, unit, factor = _unit_factor(xp, a[..., ::16, :, :])
+    if _arrays.eager_all(xp, _factored(xp, factor)):
+        return False
+    certified = _certified_inverse(xp, unit, factor, rtol if isinstance(rtol, float) else None)[1]
+    return _arrays.eager_any(xp, certified) is False
 
 
 def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
@@ -369,6 +387,21 @@ def inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """Inverses of square matrices, and a bound on the condition number that says where to trust them."""
     result = _arrays.inverse(xp, a)
     return result, _condition_bound(xp, a, result)
+
+
+def inverses(xp: Namespace, arrays: tuple[Array, ...]) -> list[tuple[Array, Array]]:
+    """`inverse` of several stacks of square matrices of one size."""
+    if not _arrays.calls_may_meet(arrays[0]):
+        return [inverse(xp, a) for a in arrays]
+    n = arrays[0].shape[-1]
+    lengths = [math.prod(a.shape[:-2]) for a in arrays]
+    result = _arrays.inverse(xp, xp.concat([xp.reshape(a, (-1, n, n)) for a in arrays]))
+    found, start = [], 0
+    for a, length in zip(arrays, lengths, strict=True):
+        own = xp.reshape(result[start : start + length, ...], a.shape)
+        found.append((own, _condition_bound(xp, a, own)))
+        start += length
+    return found
 
 
 def positive_inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:

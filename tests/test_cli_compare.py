@@ -63,6 +63,9 @@ def test_compare_leaves_arrays_a_table_and_a_figure(
         for name, step in steps.items():
             cosine = step @ wanted / np.linalg.norm(step) / np.linalg.norm(wanted)
             assert abs(found[f"{name}_cosine"][b] - cosine) <= 1e-6
+            damped = steps["exact"]
+            cosine = step @ damped / np.linalg.norm(step) / np.linalg.norm(damped)
+            assert abs(found[f"{name}_damped_cosine"][b] - cosine) <= 1e-9
             gain = (gradient @ step) ** 2 / (step @ f @ step) / (gradient @ wanted)
             assert abs(found[f"{name}_gain"][b] - gain) <= 1e-6
         cut = params[0].size
@@ -106,8 +109,8 @@ def test_libraries_agree(backend: str, files: list[str], monkeypatch: pytest.Mon
     options = [*FAST, *files, "--preset", "sgd", "--steps", "1"]
     assert main(["compare", *options]) == 0
     wanted = arrays()
-    assert main(["compare", *options, "--backend", backend]) == 0
-    found = arrays()
+    assert main(["compare", *options, "--backend", backend, "--out", backend]) == 0
+    found = arrays(backend)
     assert set(found) == set(wanted)
     for name in ("kfac_block_errors", "sampled_block_errors", "spectrum", "exact_gain", "kfac_gain"):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6, atol=1e-12)
@@ -115,9 +118,9 @@ def test_libraries_agree(backend: str, files: list[str], monkeypatch: pytest.Mon
 
 def test_the_seed_says_it_all(files: list[str]) -> None:
     runs = []
-    for seed in ("0", "0", "1"):
-        assert main(["compare", *FAST, *files, "--seed", seed]) == 0
-        runs.append(arrays())
+    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert main(["compare", *FAST, *files, "--seed", seed, "--out", folder]) == 0
+        runs.append(arrays(folder))
     for name in runs[0]:
         np.testing.assert_array_equal(runs[0][name], runs[1][name])
     assert not np.array_equal(runs[0]["sampled_gain"], runs[2]["sampled_gain"])
@@ -173,6 +176,14 @@ def test_untrained_networks_and_no_damping(files: list[str]) -> None:
     # The exact inverse without damping is F⁺ itself.
     np.testing.assert_allclose(found["exact_gain"], 1.0, atol=1e-9)
     np.testing.assert_allclose(found["exact_length"], 1.0, atol=1e-9)
+
+
+def test_a_run_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("natgrad-compare").mkdir()
+    Path("natgrad-compare/compare.npz").write_text("an earlier one")
+    assert main(["compare", *FAST]) == 2
+    assert "natgrad-compare holds a run, compare.npz: --out takes another folder" in capsys.readouterr().err
+    assert Path("natgrad-compare/compare.npz").read_text() == "an earlier one"
 
 
 def test_members_that_diverge_leave_a_report(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:

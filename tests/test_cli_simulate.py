@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 import shlex
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import xarray
 
 import natgrad_array as ng
-from natgrad_array.cli import main
+from natgrad_array.cli import main, simulate, sweep
 from natgrad_array.simulation import run
 
 FILE = """\
@@ -90,7 +93,69 @@ def test_a_sweep_follows_the_closed_forms(capsys: pytest.CaptureFixture[str]) ->
         assert row["diverged"] == "0"
     assert Path("o/sweep.png").stat().st_size > 10_000
     assert Path("o/sweep.toml").read_text() == FILE
-    assert "72 networks in 6 groups, 40 steps" in capsys.readouterr().out
+    assert "72 networks in 6 groups, 2 of each kind, 40 steps" in capsys.readouterr().out
+
+
+def test_the_example_of_the_documentation_has_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs/simulation.md").read_text(encoding="utf-8")
+    text = page.partition("```toml\n")[2].partition("```")[0]
+    sweep.read(write("plain.toml", text))
+    text = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
+    sweep.read(write("full.toml", text))
+    given = tomllib.loads(text)
+    keys = {f"{name}.{key}" for name in ("task", "grid") for key in given[name]} | set(given) - {"task", "grid"}
+    assert keys == set(sweep.KEYS)
+    for options in (sweep.INITS, sweep.INTEGRATORS, sweep.RULES, sweep.OBSERVABLES):
+        assert all(f'"{option}"' in text for option in options)
+
+
+def write(name: str, text: str) -> Path:
+    Path(name).write_text(text, encoding="utf-8")
+    return Path(name)
+
+
+def test_blow_ups_and_narrow_networks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Members that rose, those that diverged, the least loss of a rank and the way there, against the store."""
+    Path("sweep.toml").write_text(
+        """
+steps = 60
+init = "gaussian"
+[task]
+singular_values = [1.0, 3.0, 2.0]
+[grid]
+rule = ["gradient", "exact"]
+depth = 2
+width = [1, 3]
+learning_rate = [0.1, 0.5, 1.5]
+initial_scale = 0.5
+seeds = 8
+"""
+    )
+    assert main(["simulate", "sweep.toml", "--out", "o"]) == 0
+    said, found = capsys.readouterr().out, opened("o")
+    with open("o/summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        data = found[f"rule={row['rule']},depth=2,width={row['width']}"].isel(initial_scale=0)
+        loss = data["excess_loss"].sel(learning_rate=float(row["learning_rate"])).values
+        assert int(row["rose"]) == sum(end > start for start, end in zip(loss[0], loss[-1], strict=True))
+        assert int(row["diverged"]) == np.isnan(loss[-1]).sum()
+        small = [min([*data["step"].values[one < 1e-6], np.inf]) for one in loss.T]
+        assert float(row["steps_to_1e_6"]) == np.median(small)
+        # Matrices of rank 1 leave out the modes 2 and 1, whatever their order.
+        assert float(row["floor"]) == (2.5 if row["width"] == "1" else 0.0)
+        if (row["rule"], row["width"], row["learning_rate"]) == ("exact", "1", "0.5"):
+            assert np.median(loss[-1]) == pytest.approx(float(row["floor"]), rel=1e-6)
+    for name in ("rose", "diverged"):
+        assert max(int(row[name]) for row in rows) > 0
+    assert "width 1 have no more than rank 1; the best of that rank is 2.5 above the optimum" in said
+    # A member that diverged is above all others, so that medians leave the figure through its top.
+    values = np.asarray([[1.0, 1.0, 2.0], [0.5, np.nan, np.nan], [1e-7, np.nan, np.nan]])
+    history = SimpleNamespace(records={"excess_loss": values[:, None, None, :]}, steps=np.arange(3))
+    seen = simulate.course(history)
+    assert seen.curves[0, 0, 0, 0] == 1.0
+    assert (seen.curves[0, 1:, 0, 0] == simulate.FAR).all()
+    assert seen.reached.tolist() == [[[2.0, np.inf, np.inf]]]
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,8 +40,8 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "images.gz", tmp_path / "labels"
 
 
-def arrays() -> dict[str, Any]:
-    with np.load("natgrad-train/train.npz", allow_pickle=False) as archive:
+def arrays(folder: str = "natgrad-train") -> dict[str, Any]:
+    with np.load(f"{folder}/train.npz", allow_pickle=False) as archive:
         return dict(archive)
 
 
@@ -106,9 +106,8 @@ def test_libraries_agree(backend: str) -> None:
     pytest.importorskip(backend)
     options = [*FAST, "--dtype", "float64", "--preset", "kfac"]
     assert main(["train", *options]) == 0
-    wanted = arrays()
-    assert main(["train", *options, "--backend", backend]) == 0
-    np.testing.assert_allclose(arrays()["test_loss"], wanted["test_loss"], rtol=1e-8)
+    assert main(["train", *options, "--backend", backend, "--out", backend]) == 0
+    np.testing.assert_allclose(arrays(backend)["test_loss"], arrays()["test_loss"], rtol=1e-8)
 
 
 def test_classes_from_files(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,9 +129,9 @@ def test_classes_from_files(files: tuple[Path, Path], capsys: pytest.CaptureFixt
 
 def test_the_seed_says_it_all() -> None:
     runs = []
-    for seed in ("0", "0", "1"):
-        assert main(["train", *FAST, "--seed", seed]) == 0
-        runs.append(arrays()["test_loss"])
+    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert main(["train", *FAST, "--seed", seed, "--out", folder]) == 0
+        runs.append(arrays(folder)["test_loss"])
     np.testing.assert_array_equal(runs[0], runs[1])
     assert not np.array_equal(runs[0], runs[2])
 
@@ -231,7 +230,36 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     assert "--out file cannot be written" in capsys.readouterr().err
 
 
-def test_members_that_diverge_are_kept_apart_in_the_table() -> None:
+def test_a_run_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *FAST]) == 0
+    before = Path("natgrad-train/train.npz").read_bytes()
+    assert main(["train", *FAST, "--seed", "1"]) == 2
+    assert "natgrad-train holds a run, train.npz: --out takes another folder" in capsys.readouterr().err
+    assert Path("natgrad-train/train.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["sgd", "--learning-rate", "1e30"], "a smaller --learning-rate."),
+        (["prong", "--learning-rate", "1e30"], "a smaller --learning-rate or a larger --damping."),
+    ],
+)
+def test_networks_that_diverge_are_told(options: list[str], advice: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A loss of NaN everywhere still leaves a table, a figure and all arrays."""
-    assert main(["train", "--preset", "sgd", "--learning-rate", "1e30", *FAST]) == 0
-    assert np.isnan(arrays()["test_loss"][-1]).all()
+    assert main(["train", "--preset", *options, *FAST]) == 0
+    losses = arrays()["test_loss"]
+    assert np.isnan(losses[-1]).all()
+    by = arrays()["step"][np.isfinite(losses).all(axis=1).argmin()]
+    said = capsys.readouterr().out
+    assert f"2 of 2 networks diverged by step {by}; try {advice}" in said
+    assert "nan" not in said
+
+
+def test_one_of_three_networks_diverged() -> None:
+    nan = np.nan
+    rows = [[1.0, 1.0, 1.0], [1.0, 2.0, nan], [1.0, nan, nan], [1.0, nan, 3.0]]
+    history = train.History(step=[0, 5, 10, 15], train=[np.ones(3)] * 4, test=[np.asarray(row) for row in rows])
+    assert train.diverged(history) == "2 of 3 networks diverged by step 10"
+    assert train.lost(history, "kfac").endswith("; try a larger --damping.")
+    assert not train.lost(train.History(step=[0], train=[np.ones(3)], test=[np.ones(3)]), "kfac")

@@ -16,6 +16,7 @@ import pytest
 
 import natgrad_array as ng
 from natgrad_array import _support
+from natgrad_array.optimizers.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "howto").glob("*.md"))]
@@ -141,6 +142,18 @@ def test_theory_table_names_things_that_are_there():
             path, _, name = test.partition("::")
             assert (ROOT / path).is_file(), test
             assert not name or re.search(rf"^\s*def {re.escape(name)}\b", read(path), re.MULTILINE), test
+
+
+def test_presets_take_what_their_table_says():
+    rows = [line.split(" | ") for line in read("docs/optimizers.md").splitlines() if line.startswith("| `")]
+    said = {name: row[-2] for row in rows if len(row) == 7 for name in re.findall(r"`([a-z_]+)`", row[0])}
+    assert set(said) == set(PRESETS)
+    for name, make in PRESETS.items():
+        known = inspect.signature(make).parameters
+        options = {"rate": "learning_rate", "damping": "damping", "momentum": "momentum"}
+        # One line holds two presets, and says so.
+        words = said[name].replace("; `sgd` momentum", ", momentum" if name == "sgd" else "").split(", ")
+        assert {options[word] for word in words} == set(options.values()) & set(known), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -367,3 +368,18 @@ def test_a_square_layer_is_inverted_once_for_both_sides(monkeypatch: pytest.Monk
     left, right = chains(xp, weights, task.factors)
     left.duals(), right.duals()
     assert len(calls) == 3
+
+
+def test_layers_are_inverted_by_one_call_where_calls_may_wait_for_each_other() -> None:
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(5)
+    host = [rng.standard_normal((*batch, 3, 3)) for batch in ((2, 1), (), (4,))]
+    layers = tuple(jax.numpy.asarray(layer) for layer in host)
+
+    def invert(*layers: Any) -> Any:
+        return linalg.inverses(jax.numpy, layers)
+
+    assert len(re.findall(r"= lu\b", str(jax.make_jaxpr(invert)(*layers)))) == 1
+    for (inverse, condition), layer in zip(invert(*layers), host, strict=True):
+        np.testing.assert_allclose(inverse @ layer, np.broadcast_to(np.eye(3), layer.shape), atol=1e-12)
+        assert np.all(np.asarray(condition) >= np.linalg.cond(layer))

@@ -36,7 +36,8 @@ for damping, rate in zip(dampings, rates, strict=True):
     if damping:
         panel.plot([damping], [0.5], "o", color=line.get_color(), markersize=8, markerfacecolor="#ffffff")
 panel.plot(variance, 0.1 * variance, color="#667080", linestyle="-", linewidth=1.0, label="gradient descent")
-panel.annotate("half the rate where\neigenvalue = damping", (1e-2, 0.5), (1.5e-2, 3e-2), arrowprops={"arrowstyle": "-"})
+words = "half the rate\nwhere eigenvalue\n= damping"
+panel.annotate(words, (1e-2, 0.5), (1.5e-2, 1.9e-2), arrowprops={"arrowstyle": "-"})
 panel.set(xscale="log", yscale="log", ylim=(3e-4, 2), xlabel="eigenvalue of the Fisher information")
 panel.set_ylabel("rate at which the direction is learned")
 panel.legend(title="damping", loc="lower right")

@@ -47,7 +47,7 @@ def squares(panel, matrix, colour):
         panel.add_patch(
             plt.Rectangle((j - side / 2, i - side / 2), side, side, facecolor=face, edgecolor=colour, linewidth=1.2)
         )
-    panel.set(xlim=(-0.6, matrix.shape[1] - 0.4), ylim=(matrix.shape[0] - 0.4, -0.6), aspect="equal")
+    panel.set(xlim=(-0.6, matrix.shape[1] - 0.4), ylim=(matrix.shape[0] - 0.4, -0.6), aspect="equal", anchor="N")
     panel.axis("off")
 
 

@@ -29,12 +29,13 @@ for number, (panel, (name, sizes)) in enumerate(zip(panels, shapes.items(), stri
     nets.NETS[name] = nets.Net(sizes, floor, steps[number])
     optimizer = ng.optimizers.natural_gradient(damping=0.01)
     found = nets.run(name, optimizer, seeds=2, samples=1500, batch=400, steps=steps[number])
-    for loss, dash in zip(found.losses.T, ("-", (0, (4, 1.5))), strict=True):
-        panel.plot(loss, color="#0068a6", linestyle=dash, linewidth=1.8)
+    for seed, (loss, dash) in enumerate(zip(found.losses.T, ("-", (0, (4, 1.5))), strict=True)):
+        panel.plot(loss, color="#0068a6", linestyle=dash, linewidth=1.8, label=f"seed {seed}")
     panel.axhline(floor, color="#c24a00", linestyle="--", linewidth=1.6)
     panel.annotate("the teacher's own", (0, floor), (0, -13), textcoords="offset points", color="#c24a00")
     panel.set(yscale="log", xlabel="steps", title=f"NET {number + 1}, halved\n{name}", ylim=(1e-6, None))
 panels[0].set_ylabel("test loss")
+panels[0].legend()
 figure.set_label(
     """Test loss against steps on a log scale for NET 1, 2 and 3 at half their width, two seeds each. In all three
     panels the loss falls by six orders of magnitude on a nearly straight line and settles on the dashed line, the

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -99,7 +100,9 @@ def demo_command(
     data_file: Annotated[
         Path | None, typer.Option("--data", help="npz file with arrays x (samples, inputs) and y (samples, outputs).")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the figure and the arrays.")] = Path("natgrad-demo"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the figure and the arrays; those of an earlier demo are replaced.")
+    ] = Path("natgrad-demo"),
 ) -> int:
     """Let ensembles learn handwritten digits by four rules, and hold the pace against the theory."""
     if not 0.0 < learning_rate < 1.0:
@@ -204,7 +207,7 @@ def train_command(
     samples = train.split(pictures, task, dtype.value)
     net = train.make_network(samples, task, widths, activation)
     train.check_size(net, members)
-    output.prepare(out)
+    output.prepare(out, train.ARRAYS)
     widest = max(max(layer.parameter_shape) for layer in net.layers)
     with progress() as bar, libraries.one_thread(widest):
         job = bar.add_task(preset, total=steps)
@@ -243,6 +246,8 @@ def train_command(
         soft_wrap=True,
     )
     screen.print(train.table(history, preset))
+    if lost := train.lost(history, preset):
+        screen.print(f"\n{lost}", soft_wrap=True)
     if task == "classify":
         screen.print(f"\n{train.classified(net, history.params, samples)}")
     taken = history.step[-1]
@@ -299,7 +304,7 @@ def compare_command(
     parts = train.split(pictures, task, dtype.value)
     net = train.make_network(parts, task, widths, activation)
     train.check_size(net, members)
-    output.prepare(out)
+    output.prepare(out, compare.ARRAYS)
     reports: compare.Reports = {}
     widest = max(max(layer.parameter_shape) for layer in net.layers)
     with progress() as bar, libraries.one_thread(widest):
@@ -390,18 +395,21 @@ def simulate_command(
         command = " ".join(["natgrad-array simulate", str(file), *options, f"--out {out} --resume"])
         sys.stderr.write(f"natgrad-array: interrupted; a checkpoint is kept. To go on: {command}\n")
         return INTERRUPTED
-    summary = simulate.rows(grid, found)
-    written = simulate.write(out, file, grid, found, summary)
+    courses = {key: simulate.course(history) for key, history in found.items()}
+    summary = simulate.rows(grid, found, courses)
+    written = simulate.write(out, file, grid, courses, np.asarray(grid.recorded), summary)
     screen = console()
     members = sum(row.members for row in summary)
     screen.print(
-        f"{members} networks in {len(found)} groups, {grid.steps} steps, {len(grid.recorded)} records; "
+        f"{members} networks in {len(found)} groups, {grid.seeds} of each kind, {grid.steps} steps, "
+        f"{len(grid.recorded)} records; "
         f"{place.name} on {place.device}, {dtype.value}.\n",
         soft_wrap=True,
     )
     screen.print(simulate.table(summary))
     if len(summary) > simulate.ROWS:
         screen.print(f"… and {len(summary) - simulate.ROWS} more in {written[2]}", soft_wrap=True)
+    screen.print("\n" + "\n".join(simulate.notes(grid, summary)), soft_wrap=True)
     diverged = sum(row.diverged for row in summary)
     screen.print(f"\nDiverged: {diverged} of {members}. Written: {', '.join(map(str, written))}", soft_wrap=True)
     return 0

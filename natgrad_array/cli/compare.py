@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import inspect
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -16,12 +17,10 @@ import natgrad_array as ng
 from natgrad_array import _arrays
 from natgrad_array.cli.errors import CommandError
 from natgrad_array.cli.output import DASH, quantiles
-from natgrad_array.fisher import FisherComparison
 from natgrad_array.networks import Network
 from natgrad_array.optimizers.presets import PRESETS
 
 Host = np.ndarray[Any, Any]
-Reports = dict[str, FisherComparison]
 
 FIGURE, ARRAYS, TABLE = "compare.png", "compare.npz", "compare.csv"
 
@@ -42,8 +41,26 @@ OPTIMIZERS = (
 METHODS = (*EXACT, *ESTIMATES, *OPTIMIZERS)
 INVERSES = dict(zip(EXACT, ("moore_penrose", "block_diagonal", "layerwise"), strict=True))
 
+
+class Report(NamedTuple):
+    """A `FisherComparison` on the host, and one thing more about the step."""
+
+    block_errors: Host | None
+    cross_layer: Host
+    left_out: Host | None
+    spectrum: Host
+    estimate_spectrum: Host | None
+    cosine: Host
+    length: Host
+    gain: Host
+    damped_cosine: Host
+    """Between the step and (F + damping)⁻¹∇."""
+
+
+Reports = dict[str, Report]
+
 STEPS = {
-    "cosine": "cosine with F⁺∇",
+    "damped_cosine": "cosine with (F + damping)⁻¹∇",
     "length": "length over that of F⁺∇",
     "gain": "gain over that of F⁺∇",
 }
@@ -51,25 +68,41 @@ STEPS = {
 
 def compare_all(
     net: Network, params: tuple[Any, ...], x: Any, y: Any, *, damping: float, draws: int, seed: int
-) -> Iterator[tuple[str, FisherComparison]]:
+) -> Iterator[tuple[str, Report]]:
     """Every method's report, one after another, each with draws of its own."""
     exact, gradient = net.fisher(params, x), net.gradient(params, x, y)
+    damped = exact.precondition(gradient, inverse="moore_penrose", damping=damping)
     for k, name in enumerate(METHODS):
         rng = np.random.default_rng((seed, k))
         if name in OPTIMIZERS:
             optimizer = make_optimizer(name, damping)
             made = optimizer.preconditioner(net, params, optimizer.init(net, params), x, y, rng)
-            report = exact.compare(made, gradient)
-        elif name in EXACT:
-            report = exact.compare(exact, gradient, inverse=INVERSES[name], damping=damping)
+            report, step = exact.compare(made, gradient), made(gradient)
         else:
-            estimate = (
-                ng.sampled_fisher(net, params, x, rng, n_samples=draws)
-                if name == "sampled"
-                else ng.empirical_fisher(net, params, x, y)
-            )
-            report = exact.compare(estimate, gradient, inverse="moore_penrose", damping=damping)
-        yield name, FisherComparison(*(None if part is None else np.array(_arrays.to_numpy(part)) for part in report))
+            estimate = exact
+            if name == "sampled":
+                estimate = ng.sampled_fisher(net, params, x, rng, n_samples=draws)
+            elif name == "empirical":
+                estimate = ng.empirical_fisher(net, params, x, y)
+            inverse = INVERSES.get(name, "moore_penrose")
+            report = exact.compare(estimate, gradient, inverse=inverse, damping=damping)
+            step = estimate.precondition(gradient, inverse=inverse, damping=damping)
+        parts: dict[str, Any] = {
+            key: None if part is None else np.array(_arrays.to_numpy(part)) for key, part in report._asdict().items()
+        }
+        yield name, Report(**parts, damped_cosine=_cosine(step, damped))
+
+
+def _cosine(some: tuple[Any, ...], others: tuple[Any, ...]) -> Host:
+    """Between two steps, of each member; NaN where one of them is zero."""
+    u, v = (
+        np.concatenate([(w := np.asarray(_arrays.to_numpy(part))).reshape(*w.shape[:-2], -1) for part in step], axis=-1)
+        for step in (some, others)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # To unit size first: squares of small steps must not vanish.
+        u, v = (way / np.max(np.abs(way), axis=-1, keepdims=True) for way in (u, v))
+        return np.asarray(np.sum(u * v, axis=-1) / np.linalg.norm(u, axis=-1) / np.linalg.norm(v, axis=-1))
 
 
 def make_optimizer(name: str, damping: float) -> ng.optimizers.Optimizer:
@@ -88,7 +121,7 @@ def middle(values: Host | None) -> float:
     return np.nan if found is None else found[0]
 
 
-def own_block_errors(report: FisherComparison) -> tuple[float, float]:
+def own_block_errors(report: Report) -> tuple[float, float]:
     """Median over members of the mean error of blocks on the diagonal, and off it."""
     if report.block_errors is None:
         return np.nan, np.nan
@@ -98,7 +131,7 @@ def own_block_errors(report: FisherComparison) -> tuple[float, float]:
     return on, middle(report.block_errors[..., ~same].mean(axis=-1)) if depth > 1 else np.nan
 
 
-COLUMNS: dict[str, Callable[[FisherComparison], float]] = {
+COLUMNS: dict[str, Callable[[Report], float]] = {
     "own blocks": lambda report: own_block_errors(report)[0],
     "between layers": lambda report: own_block_errors(report)[1],
     "left out": lambda report: middle(report.left_out),
@@ -106,6 +139,7 @@ COLUMNS: dict[str, Callable[[FisherComparison], float]] = {
         None if report.estimate_spectrum is None else report.estimate_spectrum[..., -1] / report.spectrum[..., -1]
     ),
     "cosine": lambda report: middle(report.cosine),
+    "damped": lambda report: middle(report.damped_cosine),
     "length": lambda report: middle(report.length),
     "gain": lambda report: middle(report.gain),
 }
@@ -126,7 +160,9 @@ def table(reports: Reports) -> Table:
 NOTES = (
     "own blocks, between layers: relative error of the blocks of F, mean over those on the diagonal and off it.",
     "left out: norm of the blocks of F where the estimate is zero, over that of F. largest λ: over that of F.",
-    "cosine, length: of the step beside F⁺∇. gain: how much of the model's best reduction lies along the step.",
+    "cosine, length: of the step beside F⁺∇, most of which lies along the smallest eigenvalues of F: where the damping "
+    "is above them the cosine is near 0, for the exact inverse too. damped: cosine with (F + damping)⁻¹∇.",
+    "gain: how much of the model's best reduction lies along the step.",
 )
 
 
@@ -180,7 +216,13 @@ def draw(reports: Reports, title: str, path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
+ERRORS = (0.25, 4.0)
+"""Relative errors that the colours tell apart, on both sides of 1."""
+
+
 def _draw_blocks(part: Any, reports: Reports, shown: list[str], rows: int) -> None:
+    from matplotlib.colors import LogNorm
+
     panels = part.subplots(rows, 6, squeeze=False).reshape(-1)
     for panel in panels[len(shown) :]:
         panel.set_axis_off()
@@ -190,19 +232,26 @@ def _draw_blocks(part: Any, reports: Reports, shown: list[str], rows: int) -> No
             warnings.simplefilter("ignore")
             errors = np.asarray(reports[name].block_errors)
             errors = np.nanmedian(errors.reshape(-1, *errors.shape[-2:]), axis=0)
-        image = panel.imshow(errors, cmap="cividis_r", vmin=0.0, vmax=1.0)
+        low, high = ERRORS
+        image = panel.imshow(np.clip(errors, low, high), cmap="RdBu_r", norm=LogNorm(low, high))
         ticks = range(len(errors))
         if len(errors) <= 5:
             for i in ticks:
                 for j in ticks:
-                    colour = "white" if errors[i, j] > 0.6 else "black"
+                    colour = "white" if not low * 1.7 < errors[i, j] < high / 1.7 else "black"
                     panel.text(j, i, f"{errors[i, j]:.2g}", ha="center", va="center", color=colour, fontsize=8)
-        panel.set_xticks(ticks, [])
+        panel.set_xticks(ticks, [str(i) for i in ticks], fontsize=8)
         panel.set_yticks(ticks, [str(i) for i in ticks] if panel in panels[::6] else [], fontsize=8)
+        panel.set_xlabel("layer", fontsize=8)
+        if panel in panels[::6]:
+            panel.set_ylabel("layer", fontsize=8)
         panel.tick_params(length=0)
         panel.set_title(name, fontsize=9)
     if image is not None:
-        part.colorbar(image, ax=list(panels), label="error of blocks between layers", extend="max", shrink=0.9)
+        bar = part.colorbar(image, ax=list(panels), extend="both", shrink=0.9)
+        bar.set_label("relative error of blocks of F\n(1: no better than zeros)")
+        bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["¼", "½", "1", "2", "4"])
+        bar.ax.minorticks_off()
 
 
 def _draw_spectra(panel: Any, reports: Reports) -> None:
@@ -210,7 +259,7 @@ def _draw_spectra(panel: Any, reports: Reports) -> None:
         report = reports.get(name)
         if report is None:
             continue
-        values = report.spectrum if name == "exact" else report.estimate_spectrum
+        values: Any = report.spectrum if name == "exact" else report.estimate_spectrum
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             typical = np.nanmedian(np.asarray(values).reshape(-1, np.shape(values)[-1]), axis=0)[::-1]
@@ -222,7 +271,10 @@ def _draw_spectra(panel: Any, reports: Reports) -> None:
     if panel.lines:
         panel.set_xscale("log")
         panel.set_yscale("log")
-    panel.set_xlabel("rank of the eigenvalue")
+    others = [name for name in reports if name not in (*_STYLES, *EXACT)]
+    note = textwrap.fill(f"not drawn: {', '.join(others)}", 52)
+    panel.set_xlabel("rank of the eigenvalue" + (f"\n{note}" if others else ""), fontsize=9)
+    panel.set_ylabel("eigenvalue")
     panel.set_title("spectra, median network", fontsize=10)
     panel.grid(visible=True, which="major", color="#DDDDDD", linewidth=0.6)
     if panel.lines:
@@ -260,5 +312,6 @@ def _draw_steps(panels: Any, reports: Reports) -> None:
         panel.set_axisbelow(True)
     if panels[1].lines:
         panels[1].set_xscale("log")
+    panels[0].set_xlim(min(-0.03, panels[0].get_xlim()[0]), 1.03)
     panels[0].axvline(0.0, color="#888888", linewidth=0.8)
     panels[2].set_xlim(-0.03, 1.03)

@@ -32,8 +32,13 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def prepare(folder: Path) -> None:
-    """Make the output folder and see that it can be written, before anything is computed."""
+def prepare(folder: Path, kept: str | None = None) -> None:
+    """Make the output folder and see that it can be written, before anything is computed.
+
+    A folder with a file of the name `kept` holds an earlier run, which is not overwritten.
+    """
+    if kept is not None and (folder / kept).exists():
+        raise CommandError(f"{folder} holds a run, {kept}: --out takes another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

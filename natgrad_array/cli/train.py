@@ -20,7 +20,7 @@ from natgrad_array import _arrays
 from natgrad_array.cli.errors import CommandError
 from natgrad_array.cli.idx import read_idx
 from natgrad_array.cli.libraries import Backend
-from natgrad_array.cli.output import quantiles
+from natgrad_array.cli.output import DASH, quantiles
 from natgrad_array.networks import MLP, Network
 from natgrad_array.optimizers.optimizer import Optimizer
 from natgrad_array.optimizers.presets import PRESETS
@@ -221,11 +221,30 @@ def table(history: History, preset: str) -> Table:
         result.add_row(
             f"{preset}, {name}",
             f"{medians[0]:.4g}",
-            f"{np.nanmin(medians):.4g}" if np.isfinite(medians).any() else "–",
-            f"{medians[-1]:.4g}",
-            f"{low_high[1]:.4g}–{low_high[2]:.4g}" if low_high else "–",
+            f"{np.nanmin(medians):.4g}" if np.isfinite(medians).any() else DASH,
+            f"{medians[-1]:.4g}" if low_high else DASH,
+            f"{low_high[1]:.4g}–{low_high[2]:.4g}" if low_high else DASH,
         )
     return result
+
+
+def diverged(history: History) -> str:
+    """How many losses are not finite any more, and by which record; empty where all are."""
+    finite = np.isfinite(np.stack(history.train)) & np.isfinite(np.stack(history.test))
+    bad = ~finite.all(axis=0)
+    if not bad.any():
+        return ""
+    by = history.step[int(np.max(np.argmin(finite, axis=0)[bad]))]
+    return f"{np.count_nonzero(bad)} of {bad.size} networks diverged by step {by}"
+
+
+def lost(history: History, preset: str) -> str:
+    """What went wrong, and what to try."""
+    if said := diverged(history):
+        known = inspect.signature(PRESETS[preset]).parameters
+        options = {"learning_rate": "a smaller --learning-rate", "damping": "a larger --damping"}
+        said += f"; try {' or '.join(text for name, text in options.items() if name in known)}."
+    return said
 
 
 def classified(net: Network, params: tuple[Host, ...], samples: Split) -> str:
@@ -273,20 +292,29 @@ def _draw(history: History, path: Path, title: str) -> None:
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
-    for panel, axis, label in zip(panels, (history.step, history.seconds), ("steps", "seconds of steps"), strict=True):
+    times = np.asarray(history.step), np.asarray(history.seconds)
+    for panel, axis, label in zip(panels, times, ("steps", "seconds of steps"), strict=True):
         for name, values, colour, dash in (
             ("batch", np.stack(history.train), "#E69F00", "--"),
             ("held back", np.stack(history.test), "#0072B2", "-"),
         ):
-            panel.plot(axis, values, color=colour, linestyle=dash, linewidth=0.5, alpha=0.35)
+            lines = panel.plot(axis, values, color=colour, linestyle=dash, linewidth=0.7, alpha=0.5)
+            lines[0].set_label(f"{name}, each network")
             medians = [found[0] if (found := quantiles(row)) else np.nan for row in values]
-            panel.plot(axis, medians, color=colour, linestyle=dash, linewidth=2.0, label=f"{name}, median")
+            # A line of one point is none.
+            marker = "o" if np.count_nonzero(np.isfinite(medians)) < 3 else ""
+            panel.plot(
+                axis, medians, color=colour, linestyle=dash, linewidth=2.0, marker=marker, label=f"{name}, median"
+            )
         panel.set_xlabel(label)
+        # All of it, whatever of it has a loss.
+        panel.set_xlim(-0.04 * (axis[-1] or 1.0), 1.04 * (axis[-1] or 1.0))
         panel.set_yscale("log")
         panel.grid(visible=True, which="major", color="#DDDDDD", linewidth=0.6)
     panels[0].set_ylabel("loss, nats per sample")
-    panels[1].legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
+    said = diverged(history)
+    figure.suptitle(f"{title}\n{said}" if said else title, fontsize=11)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figure.savefig(path, dpi=150)

@@ -39,8 +39,6 @@ def one_inverse_serves(xp: Namespace, layers: tuple[Array, ...]) -> Array | bool
 
     A scalar, from a few of them. An attempt for all costs about half of the next way for all.
     """
-    if not _arrays.branches_freely(layers[0]):
-        return False
     batch = _arrays.broadcast_shapes(tuple(layer.shape[:-2]) for layer in layers)
     members = math.prod(batch)
     some = _some(batch, min(PROBED, -(-members // PROBED)))
@@ -103,8 +101,7 @@ def by_layer_inverses(
     """
     certified: Array = full_roots(xp, factors)
     inverses = []
-    for layer in layers:
-        inverse, condition = linalg.inverse(xp, layer)
+    for layer, (inverse, condition) in zip(layers, linalg.inverses(xp, layers), strict=True):
         inverses.append(inverse)
         certified = certified & (condition * layer_rounding(xp, layer) < 1.0)
     ahead = [factors.optimum]

@@ -111,9 +111,13 @@ def settle(
 
     def some_not() -> tuple[State, tuple[Array, ...]]:
         keep, newly = good[:, None, None], ((state.diverged_at == RUNNING) & ~good)[:, None, None]
+        kept = tuple(xp.where(keep, w, k) for w, k in zip(state.weights, state.kept, strict=True))
+        # Weights in motion are those that were kept: read from there, they are free to be written
+        # to, where a compiled loop would copy them first.
+        kept = _arrays.made_first(kept)
         frozen = State(
-            tuple(xp.where(newly, idle(xp, w), w) for w in state.weights),
-            tuple(xp.where(keep, w, k) for w, k in zip(state.weights, state.kept, strict=True)),
+            tuple(xp.where(keep, k, idle(xp, k)) for k in kept),
+            kept,
             xp.where(newly, 0.0, state.rate),
             xp.where(newly[:, 0, 0], _number(xp, number, good), state.diverged_at),
             state.converged_at,
