@@ -25,6 +25,8 @@ import numpy as np
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
+Range: TypeAlias = tuple[str, Callable[[float], bool]]
+"""What a number must be, in words, and the test of it."""
 
 quiet = np.errstate(invalid="ignore", over="ignore")
 """A decorator: an Inf comes out as a NaN or an Inf of its own member; NumPy alone would also warn."""
@@ -130,7 +132,12 @@ def _require_equal(
     for first, expected in list(values.items())[:1]:
         for name, value in values.items():
             if value != expected:
-                raise error(f"{name} has {what} {value}, but {first} has {what} {expected}; {hint} so that they agree")
+                came, there = f"{name} {_verb(name)} {what} {value}", f"{first} {_verb(first)} {what} {expected}"
+                raise error(f"{came}, but {there}; {hint} so that they agree")
+
+
+def _verb(name: str) -> str:
+    return "have" if name.startswith("the ") and name.endswith("s") else "has"
 
 
 def promote(xp: Namespace, *arrays: Array | None) -> tuple[Any, ...]:
@@ -200,6 +207,58 @@ def check_sequence(name: str, arrays: object, expected: str) -> tuple[Any, ...]:
     return tuple(arrays)
 
 
+def check_finite(name: str, samples: Array, axes: int) -> None:
+    """Raise ValueError if samples that all members share hold a NaN or an Inf.
+
+    `axes` are those of samples without batch axes, the samples first. Samples of members' own
+    may hold some, which hurt their member alone, and values of lazy arrays are not looked at.
+    """
+    if samples.ndim != axes or 0 in samples.shape or is_lazy(samples):
+        return
+    xp = namespace(samples)
+    if not xp.isdtype(samples.dtype, "real floating"):
+        return
+    # A finite sum has nothing else in it, and takes no memory; a sum that is not may have overflowed.
+    with np.errstate(invalid="ignore", over="ignore"):
+        if bool(xp.isfinite(xp.sum(samples))):
+            return
+    flags = to_numpy(xp.all(xp.isfinite(samples), axis=tuple(range(1, axes))))
+    bad = np.flatnonzero(~flags)
+    if bad.size:
+        raise ValueError(
+            f"{name} must be finite, got NaN or Inf in {bad.size} of {flags.size} samples, the first {name}[{bad[0]}]"
+        )
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number of Python or NumPy; truth values are none."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+FINITE: Range = "finite", math.isfinite
+NONNEGATIVE: Range = "at least 0", lambda value: value >= 0.0
+POSITIVE: Range = "above 0", lambda value: value > 0.0
+FRACTION: Range = "at least 0 and below 1", lambda value: 0.0 <= value < 1.0
+SHARE: Range = "above 0 and at most 1", lambda value: 0.0 < value <= 1.0
+
+
+def check_within(name: str, value: Any, expected: str, within: Callable[[float], bool]) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is within what `expected` says."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, {expected}, got {describe(value)}")
+    if not within(value):
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Raise for a setting that is neither a number of at least 0 nor an array, whose values are not looked at."""
+    if is_number(value):
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    elif not compat.is_array_api_obj(value):
+        raise TypeError(f"{name} must be a number or an array of shape (*batch,), got {describe(value)}")
+
+
 def is_integer(value: object) -> bool:
     """Whether it is an integer of Python or NumPy; truth values are none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -240,13 +299,10 @@ def check_nonnegative(
     ValueError
         If it is a negative or NaN Python number, or of a shape that does not broadcast.
     """
-    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+    check_setting(name, value)
+    if is_number(value):
         # NumPy's scalars too: a number has no library and no dtype to agree with.
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
         return float(value)
-    if not compat.is_array_api_obj(value):
-        raise TypeError(f"{name} must be a number or an array of shape (*batch,), got {describe(value)}")
     check_arrays({"the other arrays": like, name: value})
     if batch is not None:
         try:

@@ -77,15 +77,10 @@ def second_moment(x: Array, y: Array | None = None, /, *, weights: Array | None 
            [4.]])
     """
     xp = _arrays.check_arrays({"x": x, "y": y, "weights": weights}, integers=True, optional=("y", "weights"))
-    _check_samples("x", x)
+    check_samples(x, y)
     n = x.shape[-2]
     batches = {"x": tuple(x.shape[:-2])}
     if y is not None:
-        _check_samples("y", y)
-        if y.shape[-2] != n:
-            raise ValueError(
-                f"y must have as many samples on axis -2 as x, got shapes x: {tuple(x.shape)}, y: {tuple(y.shape)}"
-            )
         batches["y"] = tuple(y.shape[:-2])
     if weights is not None:
         _arrays.check_core("weights", weights, (n,), "to match the samples of x")
@@ -558,6 +553,18 @@ class Moments(NamedTuple):
 
 
 # -------------------------------------------------------------------------------- checks
+
+
+def check_samples(x: Array, y: Array | None) -> None:
+    """Raise ValueError unless these are samples, and as many of both."""
+    _check_samples("x", x)
+    if y is None:
+        return
+    _check_samples("y", y)
+    if y.shape[-2] != x.shape[-2]:
+        raise ValueError(
+            f"y must have as many samples on axis -2 as x, got shapes x: {tuple(x.shape)}, y: {tuple(y.shape)}"
+        )
 
 
 def _check_samples(name: str, x: Array) -> None:

@@ -854,6 +854,22 @@ def test_passes_that_cannot_be() -> None:
         passes("never")[1].step()
     with pytest.raises(RuntimeError, match="layer 'rest' has no influence on the loss; name it in skip"):
         passes("detached")[1].step()
+    model, adapted = passes("detached", skip=["rest"])
+    with torch.no_grad():
+        model(x)
+    adapted.step()
+    model(x).sum(dim=1).mean().backward()
+    model(x)
+    with pytest.raises(RuntimeError, match=r"another forward pass .* between backward and step, .*torch.no_grad\(\)"):
+        adapted.step()
+    adapted.zero_grad()
+    loss = model(x).sum()
+    model(x)
+    loss.backward()
+    with pytest.raises(
+        RuntimeError, match=r"another forward pass .* between the forward pass of the loss and backward"
+    ):
+        adapted.step()
     chain = opts.Optimizer(opts.Empirical(), opts.BlockTridiagonal())
     with pytest.raises(RuntimeError, match=r"layers must be called in the order of the model .*, got rest, shared"):
         passes("backwards", chain)[1].step()

@@ -451,6 +451,21 @@ def test_bad_torch_device(device: str, capsys: pytest.CaptureFixture[str]) -> No
     _one_line(capsys, device)
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
+@pytest.mark.parametrize(("count", "words"), [(0, "there is no CUDA GPU"), (2, "there are cuda:0, cuda:1\n")])
+def test_torch_names_the_gpus_that_there_are(
+    count: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert main(["verify", "--backend", "torch", "--device", "cuda:2"]) == 2
+    _one_line(capsys, f"torch cannot use device 'cuda:2': {words}")
+
+
+def test_reasons_of_libraries_are_kept_short() -> None:
+    error = libraries._no_device("torch", "xpu", f"Could not run it. {'This could be because. ' * 50}\nBackends: CPU")
+    assert str(error) == "torch cannot use device 'xpu': Could not run it"
+
+
 def test_cupy_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if importlib.util.find_spec("cupy"):
         monkeypatch.setattr("cupy.cuda.is_available", lambda: False)

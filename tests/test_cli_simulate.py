@@ -185,7 +185,9 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
             np.testing.assert_array_equal(found[name][variable].values, data[variable].values)
     Path("sweep.toml").write_text(FILE.replace("steps = 40", "steps = 41"))
     assert main(["simulate", "sweep.toml", "--out", "o", "--resume"]) == 2
-    assert "the checkpoint of another run" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "the checkpoint of another run (recorded steps differ; steps: 40 there, 41 here)" in told
+    assert told.endswith("--out takes another folder\n")
 
 
 def test_another_library() -> None:

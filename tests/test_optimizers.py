@@ -765,6 +765,20 @@ def test_bad_members_hurt_nobody(name: str, samples: int) -> None:
         (lambda: opts.QuadraticModel(share=2.0), ValueError, "share must be above 0 and at most 1, got 2.0"),
         (lambda: opts.LevenbergMarquardt(1.0, prediction="hope"), ValueError, "prediction must be one of"),
         (lambda: opts.LevenbergMarquardt(1.0, shrink=2.0), ValueError, "grow must be at least 1 and shrink in"),
+        (lambda: opts.LevenbergMarquardt(1.0, share=0.0), ValueError, "share must be above 0 and at most 1, got 0.0"),
+        (lambda: opts.LevenbergMarquardt(1.0, minimum=-1.0), ValueError, "minimum must be at least 0, got -1.0"),
+        (lambda: opts.LevenbergMarquardt(1.0, upper="1"), TypeError, "upper must be a number, finite, got str '1'"),
+        (lambda: opts.natural_gradient(damping=-1.0), ValueError, "damping must be at least 0, got -1.0"),
+        (lambda: opts.natural_gradient(learning_rate="0.1"), TypeError, "learning_rate must be a number or an array"),
+        (lambda: opts.sgd(learning_rate=-0.1), ValueError, "learning_rate must be at least 0, got -0.1"),
+        (lambda: opts.heskes(learning_rate=float("nan")), ValueError, "learning_rate must be at least 0, got nan"),
+        (lambda: opts.bounded_kfac(learning_rate=[0.1]), TypeError, "learning_rate must be .* got a list of length 1"),
+        (lambda: opts.sgd(momentum="0.9"), TypeError, "momentum must be a number, at least 0 and below 1, got str"),
+        (lambda: opts.foof(damping=None), TypeError, "damping must be a number or an array .* got NoneType None"),
+        (lambda: opts.kfac(momentum=0.9), TypeError, "momentum must be True or False, got float 0.9"),
+        (lambda: opts.kfac(weight_decay=-1e-5), ValueError, "weight_decay must be at least 0, got -1e-05"),
+        (lambda: opts.kfac(average="0.9"), TypeError, "average must be a number, at least 0 and below 1, got str"),
+        (lambda: opts.LowRankOnline(alpha=0.0), ValueError, "alpha must be above 0, got 0.0"),
         (lambda: opts.LevenbergMarquardt(1.0, every=0), ValueError, "every must be an integer of at least 1, got 0"),
         (lambda: opts.Optimizer(refresh=0), ValueError, "refresh must be an integer of at least 1, got 0"),
         (lambda: opts.Optimizer(estimate="model"), TypeError, "estimate must be of the kind Estimate, got str 'model'"),
@@ -779,6 +793,8 @@ def test_bad_members_hurt_nobody(name: str, samples: int) -> None:
         (lambda: opts.kfac(search=12), ValueError, r"search must be 0 or a multiple of refresh \(5\), got 12"),
         (lambda: opts.kfac(search=-5), ValueError, r"search must be 0 or a multiple of refresh \(5\), got -5"),
         (lambda: opts.Adam(beta1=1.0), ValueError, "beta1 must be at least 0 and below 1, got 1.0"),
+        (lambda: opts.MoorePenrose(rtol=-1.0), ValueError, "rtol must be at least 0, got -1.0"),
+        (lambda: opts.Adam(beta2="0.9"), TypeError, "beta2 must be a number, at least 0 and below 1, got str '0.9'"),
         (lambda: opts.Adam(eps=-1.0), ValueError, "eps must be at least 0, got -1.0"),
     ],
 )
@@ -799,14 +815,8 @@ def test_steps_that_cannot_be() -> None:
         optimizer.init("net", params)
     with pytest.raises(ValueError, match=r"params must have one array for each of 2 layers, got 1"):
         optimizer.init(net, params[:1])
-    with pytest.raises(ValueError, match=r"damping must be at least 0, got -1\.0"):
-        opts.natural_gradient(damping=-1.0).init(net, params)
     with pytest.raises(ValueError, match=r"damping must have a shape that broadcasts to the batch shape \(4,\)"):
         opts.natural_gradient(damping=np.ones(3)).init(net, params)
-    with pytest.raises(ValueError, match=r"learning_rate must be at least 0, got -1"):
-        step_of(opts.sgd(learning_rate=-1), net, params, x, y)
-    with pytest.raises(ValueError, match=r"weight_decay must be at least 0, got -1"):
-        step_of(opts.kfac(weight_decay=-1), net, params, x, y, 0)
     with pytest.raises(ValueError, match=r"weight_decay must have a shape that broadcasts to the batch shape \(4,\)"):
         step_of(opts.kfac(weight_decay=np.ones(3)), net, params, x, y, 0)
     with pytest.raises(ValueError, match=r"y must have shape"):

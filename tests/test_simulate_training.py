@@ -260,20 +260,33 @@ def test_stopped_and_continued_to_the_same_bits(library: Backend, tmp_path: Path
         assert dataset[name].dims == own[name].dims
     assert "ModelSampled" in dataset.attrs["optimizer"]
     options["optimizer"] = ng.optimizers.foof()
-    with pytest.raises(ng.simulation.CheckpointError, match=r"another run .*optimizer: "):
+    with pytest.raises(ng.simulation.CheckpointError, match=r"another run .*optimizer differs"):
         simulate_training(NET, params, samples, checkpoint=tmp_path / "c", **options)
 
 
 # ------------------------------------------------------------------------------ bad input
 
+
+def with_bad(array: np.ndarray, *rows: int, value: float = np.nan) -> np.ndarray:
+    """The array with something in the last column of some rows."""
+    found = array.copy()
+    found[list(rows), -1] = value
+    return found
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "optimizer": ({"optimizer": "kfac"}, TypeError, "optimizer must be an Optimizer, got str"),
     "samples": ({"samples": X}, TypeError, r"samples must be a pair of arrays \(x, y\), or a function of the step"),
-    "counts": ({"samples": (X, Y[:5])}, ValueError, "x and y must have as many samples"),
-    "inputs": ({"samples": (X[:, :2], Y)}, ValueError, "x must have shape"),
-    "targets": ({"samples": (X, Y[:, :1])}, ValueError, "y must have"),
+    "counts": ({"samples": (X, Y[:5])}, ValueError, r"y must have shape \(\*batch, 24, 2\) .*, got \(5, 2\)"),
+    "inputs": ({"samples": (X[:, :2], Y)}, ValueError, r"x must have shape \(\*batch, N, 3\) .*, got \(24, 2\)"),
+    "one input": ({"samples": (X[0], Y)}, ValueError, r"x must have shape \(\*batch, N, 3\) .*, got \(3,\)"),
+    "targets": ({"samples": (X, Y[:, 0])}, ValueError, r"y must have shape \(\*batch, 24, 2\) .*, got \(24,\)"),
+    "NaN in x": ({"samples": (with_bad(X, 7, 9), Y)}, ValueError, r"x must be finite, got .* 2 of 24 .* x\[7\]"),
+    "Inf in y": ({"samples": (X, with_bad(Y, 3, value=np.inf))}, ValueError, r"y must be finite, got .* y\[3\]"),
+    "NaN for all": ({"samples": (with_bad(X, 5)[None, None], Y)}, ValueError, r"x must be finite, got .* x\[5\]"),
+    "NaN in held_out": ({"held_out": (X, with_bad(Y, 23))}, ValueError, r"held_out\[1\] must .* held_out\[1\]\[23\]"),
     "held_out": ({"held_out": X}, TypeError, r"held_out must be a pair of arrays \(x, y\)"),
-    "held_out counts": ({"held_out": (X, Y[:5])}, ValueError, r"held_out\[0\] and held_out\[1\] must have as many"),
+    "held_out counts": ({"held_out": (X, Y[:5])}, ValueError, r"held_out\[1\] must .* match held_out\[0\] .*\(5, 2\)"),
     "batch_size": ({"batch_size": 25}, ValueError, "batch_size must be an integer from 1 to 24, the number of samples"),
     "batch of stream": (
         {"samples": lambda k: (X, Y), "record": "loss"},
@@ -315,6 +328,38 @@ def test_mistakes_are_named_before_anything_runs(name: str, monkeypatch: pytest.
         simulate_training(NET, params, samples, **options)
     with pytest.raises(TypeError, match="net must be a Network"):
         simulate_training(None, params, samples, **options)
+
+
+def test_classes_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "advance", None)
+    net = ng.networks.MLP((3, 4, 2), likelihood="categorical")
+    with pytest.raises(ValueError, match=r"y must hold class numbers of shape \(\*batch, 24\) .*, got \(24, 2\)"):
+        simulate_training(net, PARAMS, (X, np.eye(2)[np.arange(24) % 2]), **OPTIONS, optimizer=KFAC)
+    classes = np.arange(24) % 2
+    with pytest.raises(
+        ValueError, match=r"held_out\[1\] must hold classes from 0 to 1 .*, got 2 at held_out\[1\]\[5\]"
+    ):
+        simulate_training(net, PARAMS, (X, classes), held_out=(X, np.arange(24) ** 2 // 9), **OPTIONS, optimizer=KFAC)
+
+
+@pytest.mark.parametrize("library", [NUMPY, JAX], ids=str)
+def test_a_bad_sample_of_a_member_stops_it_alone(library: Backend) -> None:
+    """Finite numbers whose sum is not are no mistake."""
+    x = np.stack([X] * 3)
+    x[1] = with_bad(X, 7)
+    optimizer = ng.optimizers.sgd(learning_rate=0.1)
+    options = {"optimizer": optimizer, "steps": 2}
+    params, (own, shared, y) = library.asarrays(*PARAMS), library.asarrays(x, X, Y)
+    found = simulate_training(NET, params, (own, y), **options)
+    wanted = simulate_training(NET, params, (shared, y), **options)
+    stopped = np.asarray([False, True, False])
+    diverged = library.to_numpy(found.diverged_at)
+    np.testing.assert_array_equal(diverged, np.where(stopped, 0, -1) + np.zeros((2, 1), int))
+    for a, b in zip(found.weights, wanted.weights, strict=True):
+        a, b = (library.to_numpy(w)[:, ~stopped] for w in (a, b))
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    large = library.asarray(np.where(np.arange(24)[:, None] < 2, 1e308, Y))
+    assert np.all(library.to_numpy(simulate_training(NET, params, (shared, large), **options).diverged))
 
 
 def test_a_constructor_and_noise_of_members() -> None:

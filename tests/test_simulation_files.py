@@ -390,17 +390,17 @@ def resume(folder: Path, at: int = 0, **changes: Any) -> ng.simulation.History:
 
 def test_a_checkpoint_of_another_run_is_refused(stopped: Path) -> None:
     before = sorted((entry.name, entry.read_bytes()) for entry in stopped.iterdir())
-    for changes, name in (
-        ({"steps": 31}, "steps"),
-        ({"learning_rate": 0.2}, "learning_rate"),
-        ({"rule": "gradient"}, "rule"),
-        ({"record": ("loss", "rank")}, "record"),
-        ({"record_every": 2}, "recorded steps"),
-        ({"freeze_converged": 0.1}, "freeze_converged"),
+    for changes, words in (
+        ({"steps": 31}, r"recorded steps differ; steps: 30 there, 31 here"),
+        ({"learning_rate": 0.2}, r"learning_rate(: \S+ there, 0.2 here| differs)"),
+        ({"rule": "gradient"}, r"rule: layerwise there, gradient here"),
+        ({"record": ("loss", "rank")}, r"record: .* there, loss, rank here"),
+        ({"record_every": 2}, "recorded steps differ"),
+        ({"freeze_converged": 0.1}, "freeze_converged: none there, 0.1 here"),
     ):
-        with pytest.raises(CheckpointError, match=rf"is the checkpoint of another run \(.*{name}: "):
+        with pytest.raises(CheckpointError, match=rf"is the checkpoint of another run \({words}\); choose"):
             resume(stopped, **changes)
-    with pytest.raises(CheckpointError, match=r"another run \(weights: "):
+    with pytest.raises(CheckpointError, match=r"another run \(weights differ\)"):
         ng.simulate(
             random_network((3, 5, 3), (4, 6), seed=9),
             TASK,

@@ -151,9 +151,9 @@ class NaturalGradient(torch.optim.Optimizer):  # type: ignore[misc]
         """The model starts a forward pass."""
         self._inside = module is self._model and not self._paused and torch.is_grad_enabled()
         if self._inside:
-            self._record = _Record(args, kwargs)
             if self._layers[0].module.weight.grad is None:
                 self._backwards = 0
+            self._record = _Record(args, kwargs, late=self._backwards > 0)
 
     def _keep(self, module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
         """A layer has been called."""
@@ -241,6 +241,12 @@ class NaturalGradient(torch.optim.Optimizer):  # type: ignore[misc]
                 "a step needs one forward pass of the model (in grad mode) and one backward pass of its loss; "
                 f"got {self._backwards} backward passes since the last step or zero_grad"
             )
+        if not record.errors:
+            between = "backward and step" if record.late else "the forward pass of the loss and backward"
+            raise RuntimeError(
+                f"another forward pass of the model in grad mode came between {between}, so that the step would see "
+                "nothing of the loss; make passes that are only looked at under torch.no_grad()"
+            )
         for i, layer in enumerate(self._layers):
             if i not in record.inputs:
                 raise RuntimeError(f"layer {layer.name!r} was not called in the forward pass; name it in skip")
@@ -294,8 +300,9 @@ class NaturalGradient(torch.optim.Optimizer):  # type: ignore[misc]
         Raises
         ------
         RuntimeError
-            If a layer was called twice or not at all, or there was not exactly one backward
-            pass since the last step.
+            If a layer was called twice or not at all, there was not exactly one backward
+            pass since the last step, or the last forward pass in grad mode was not that of
+            the loss.
         ValueError
             If the damping policy needs a closure.
         """
@@ -488,6 +495,8 @@ class _Record:
     drawn: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     output: Any = None
     listening: bool = True
+    late: bool = False
+    """Whether there had been a backward pass before, and no step."""
 
     def arrived(self, i: int, error: torch.Tensor) -> None:
         """An error has come back to a layer."""

@@ -32,6 +32,9 @@ class DtypeName(StrEnum):
     float32 = "float32"
 
 
+LONG = 200
+"""Characters of a reason that fit in a message."""
+
 SMALL = 128
 """Up to this width a matrix is not worth several threads."""
 
@@ -97,7 +100,9 @@ def connect(name: str, device: str | None, dtype: str) -> Backend:
 
 def _no_device(name: str, device: str | None, why: str) -> CommandError:
     which = "a device" if device is None else f"device {device!r}"
-    reason = why.strip().partition("\n")[0] or "no reason given"
+    line = why.strip().partition("\n")[0]
+    # The first sentence says it; what libraries write after it are their insides.
+    reason = (line if len(line) <= LONG else line.partition(". ")[0]) or "no reason given"
     return CommandError(f"{name} cannot use {which}: {reason}")
 
 
@@ -120,6 +125,14 @@ def _connect_cupy(cupy: Any, device: str | None, dtype: str) -> Backend:
 
 def _connect_torch(torch: Any, device: str | None, dtype: str) -> Backend:
     chosen = device or "cpu"
+    platform, index = _platform_and_index(chosen)
+    if platform == "cuda":
+        # torch itself answers with pages about its insides.
+        count = int(torch.cuda.device_count())
+        if not count:
+            raise _no_device("torch", device, "there is no CUDA GPU, or a build of torch without CUDA")
+        if not 0 <= index < count:
+            raise _no_device("torch", device, f"there are {_cuda_names(count)}")
     return Backend("torch", chosen, lambda array: torch.asarray(array, dtype=getattr(torch, dtype), device=chosen))
 
 

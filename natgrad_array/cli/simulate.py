@@ -136,7 +136,7 @@ def run(sweep: Sweep, place: Backend, folder: Path, *, resume: bool, progress: b
             max_bytes=sweep.max_bytes,
         )
     except (CheckpointError, FileExistsError, ModuleNotFoundError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(str(error).replace("choose another path", "--out takes another folder")) from error
     except (TypeError, ValueError) as error:
         raise CommandError(f"this sweep cannot be run: {error}") from error
 

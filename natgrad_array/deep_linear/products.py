@@ -56,7 +56,7 @@ def check_tangent(name: str, tangent: Weights, layers: tuple[Array, ...]) -> tup
     if len(given) != len(layers):
         raise ValueError(f"{name} must have one array for each of {len(layers)} layers, got {len(given)}")
     named = {f"{name}[{i}]": array for i, array in enumerate(given)}
-    _arrays.check_arrays(named | {"weights": layers[0]})
+    _arrays.check_arrays(named | {"weights[0]": layers[0]})
     for (key, array), layer in zip(named.items(), layers, strict=True):
         _arrays.check_core(key, array, tuple(layer.shape[-2:]), "like its layer's weights")
     _arrays.broadcast_batch(

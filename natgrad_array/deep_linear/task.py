@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace, Shape
-from natgrad_array.moments import Moments, second_moment
+from natgrad_array.moments import Moments, check_samples, second_moment
 
 
 class TaskFactors(NamedTuple):
@@ -146,7 +146,8 @@ class GaussianTask:
         Raises
         ------
         TypeError, ValueError
-            As `second_moment` and `GaussianTask` do.
+            As `second_moment` and `GaussianTask` do, and if `x` or `y` without batch axes
+            holds a NaN or an Inf.
 
         Examples
         --------
@@ -160,6 +161,9 @@ class GaussianTask:
         xp = _arrays.check_arrays(
             {"x": x, "y": y, "noise_covariance": noise_covariance}, integers=True, optional=("noise_covariance",)
         )
+        check_samples(x, y)
+        for name, samples in (("x", x), ("y", y)):
+            _arrays.check_finite(name, samples, 2)
         x, y, noise_covariance = _arrays.promote(xp, x, y, noise_covariance)
         cross = second_moment(y, x)
         if noise_covariance is None:

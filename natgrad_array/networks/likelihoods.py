@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace, Shape
 from natgrad_array.networks import activations
@@ -250,6 +252,10 @@ class Likelihood:
         """Check targets; return them floating and of the shape of the outputs."""
         raise NotImplementedError("a likelihood says what its targets are")
 
+    def _check_values(self, name: str, y: Array, width: int) -> Array | None:  # noqa: ARG002
+        """Where targets are none; raise ValueError if all members share such, and they are not lazy."""
+        return None
+
     def _constants(self) -> dict[str, Array]:
         """Arrays that the others have to agree with, under their names."""
         return {}
@@ -292,7 +298,7 @@ class Likelihood:
 
     def _check(self, outputs: Array, y: Array) -> tuple[Namespace, Array, Array]:
         self._check_outputs(outputs)
-        xp = _arrays.check_arrays({"outputs": outputs, "y": y} | self._constants(), integers=True)
+        xp = _arrays.check_arrays({"the outputs": outputs, "y": y} | self._constants(), integers=True)
         return xp, outputs, self._targets(xp, outputs, y)
 
 
@@ -304,10 +310,13 @@ def _floating_targets(xp: Namespace, outputs: Array, y: Array) -> Array:
     return y
 
 
-def _reject(xp: Namespace, bad: Array, message: str, *, batched: bool) -> None:
-    """Raise for bad values of eager targets that all members share; others become NaN."""
-    if not batched and _arrays.eager_any(xp, bad):
-        raise ValueError(message)
+def _reject_targets(name: str, y: Array, bad: Array, expected: str) -> None:
+    """Raise ValueError for eager targets that are none, with the first of them."""
+    if _arrays.eager_any(_arrays.namespace(y), bad):
+        flags = _arrays.to_numpy(bad)
+        place = np.unravel_index(np.argmax(flags), flags.shape)
+        where = ", ".join(str(int(i)) for i in place)
+        raise ValueError(f"{name} must hold {expected}, got {_arrays.to_numpy(y)[place]} at {name}[{where}]")
 
 
 def _exponential(xp: Namespace, outputs: Array, rng: Any, draws: Shape) -> Array:
@@ -368,8 +377,8 @@ class Gaussian(Likelihood):
         skew = xp.max(xp.abs(noise - noise.mT), axis=(-2, -1)) > _arrays.eps(xp, noise) ** 0.5 * largest
         values, basis, kept = linalg.eigh_kept(xp, linalg.symmetric_part(noise + 0.0), None)
         bad = skew | ~xp.all(kept & (values > 0.0), axis=-1)
-        message = "noise_covariance must be finite, symmetric and positive definite"
-        _reject(xp, bad, message, batched=noise.ndim > 2)
+        if noise.ndim == 2 and _arrays.eager_any(xp, bad):
+            raise ValueError("noise_covariance must be finite, symmetric and positive definite")
         deviation = xp.sqrt(xp.where(bad[..., None], xp.nan, values))[..., None, :]
         object.__setattr__(self, "noise_covariance", noise)
         object.__setattr__(self, "_root", basis * deviation)
@@ -470,9 +479,13 @@ class Bernoulli(Likelihood):
 
     def _targets(self, xp: Namespace, outputs: Array, y: Array) -> Array:
         y = _floating_targets(xp, outputs, y)
-        bad = (y != 0.0) & (y != 1.0)
-        _reject(xp, bad, "y must hold nothing but 0 and 1 for the Bernoulli likelihood", batched=y.ndim > 2)
-        return xp.where(bad, xp.nan, y)
+        return xp.where(self._check_values("y", y, outputs.shape[-1]), xp.nan, y)
+
+    def _check_values(self, name: str, y: Array, width: int) -> Array:  # noqa: ARG002
+        bad = (y != 0) & (y != 1)
+        if y.ndim == 2:
+            _reject_targets(name, y, bad, "nothing but 0 and 1 for the Bernoulli likelihood")
+        return bad
 
     def _losses(self, xp: Namespace, outputs: Array, y: Array) -> Array:
         # log(1 + exp(−f)) for a target of 1 and log(1 + exp(f)) for one of 0: nothing cancels.
@@ -528,11 +541,15 @@ class Categorical(Likelihood):
         if y.ndim < 1 or y.shape[-1] != samples:
             raise ValueError(f"y must have shape (*batch, {samples}), one class a sample, got {tuple(y.shape)}")
         _arrays.broadcast_batch({"the network's outputs": tuple(outputs.shape[:-2]), "y": tuple(y.shape[:-1])})
-        bad = (y < 0) | (y >= classes)
-        message = f"y must hold classes from 0 to {classes - 1} for the categorical likelihood"
-        _reject(xp, bad, message, batched=y.ndim > 1)
+        bad = self._check_values("y", y, classes)
         hits = y[..., None] == xp.arange(classes, dtype=y.dtype, device=_arrays.device(y))
         return xp.where(bad[..., None], xp.nan, xp.astype(hits, outputs.dtype))
+
+    def _check_values(self, name: str, y: Array, width: int) -> Array:
+        bad = (y < 0) | (y >= width)
+        if y.ndim == 1:
+            _reject_targets(name, y, bad, f"classes from 0 to {width - 1} for the categorical likelihood")
+        return bad
 
     def _losses(self, xp: Namespace, outputs: Array, y: Array) -> Array:
         # From the class's own logit, so that a loss near 0 keeps its digits.

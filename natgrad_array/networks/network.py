@@ -412,7 +412,7 @@ class Network:
         array([[4.],
                [1.]])
         """
-        moved = self.check_tangent("direction", direction, trace.output)
+        moved = self._check_tangent("direction", direction, {"the outputs": trace.output})
         params = self._check_pass(params, trace, {})
         return passes.tangent(self.layers, params, trace, moved)
 
@@ -496,11 +496,14 @@ class Network:
             ...
         ValueError: momentum must have one array for each of 2 layers, got 1
         """
+        return self._check_tangent(name, tangent, {"the other arrays": like})
+
+    def _check_tangent(self, name: str, tangent: Params, like: dict[str, Array]) -> tuple[Array, ...]:
         given = _arrays.check_sequence(name, tangent, "a tuple or list with one array for each layer")
         if len(given) != len(self.layers):
             raise ValueError(f"{name} must have one array for each of {len(self.layers)} layers, got {len(given)}")
         named = {f"{name}[{i}]": array for i, array in enumerate(given)}
-        _arrays.check_arrays(named | {"the other arrays": like})
+        _arrays.check_arrays(named | like)
         for (key, array), layer in zip(named.items(), self.layers, strict=True):
             _arrays.check_core(key, array, layer.parameter_shape, "(n_out, n_in + 1) of its layer")
         _arrays.broadcast_batch({key: tuple(array.shape[:-2]) for key, array in named.items()})
@@ -508,16 +511,9 @@ class Network:
 
     def _check_params(self, params: Params, x: Array) -> tuple[Namespace, tuple[Array, ...]]:
         xp = _arrays.check_arrays({"x": x} | self.likelihood._constants())
-        given = self.check_tangent("params", params, x)
-        core = self.layers[0].input_shape
-        axes = len(core) + 1
-        if x.ndim < axes or tuple(x.shape[x.ndim - len(core) :]) != core:
-            raise ValueError(
-                f"x must have shape (*batch, N, {', '.join(map(str, core))}) to match the network's input, "
-                f"got {tuple(x.shape)}"
-            )
-        if x.shape[-axes] == 0:
-            raise ValueError(f"x must hold at least one sample, got shape {tuple(x.shape)}")
+        given = self._check_tangent("params", params, {"x": x})
+        check_inputs("x", x, self.layers[0].input_shape)
+        axes = sample_axes(self)[0]
         batches = {f"params[{i}]": tuple(array.shape[:-2]) for i, array in enumerate(given)}
         batches["x"] = tuple(x.shape[: x.ndim - axes])
         batches |= {name: tuple(array.shape[:-2]) for name, array in self.likelihood._constants().items()}
@@ -528,7 +524,30 @@ class Network:
         if not isinstance(trace, Trace) or len(trace.rows) != len(self.layers):
             raise TypeError(f"trace must be what forward returns for this network, got {_arrays.describe(trace)}")
         _arrays.check_arrays(arrays | {"the outputs": trace.output})
-        return self.check_tangent("params", params, trace.output)
+        return self._check_tangent("params", params, {"the outputs": trace.output})
+
+
+def check_inputs(name: str, x: Array, core: Shape) -> None:
+    """Raise ValueError unless these are inputs of a shape, and at least one."""
+    shape = tuple(x.shape)
+    if len(shape) <= len(core) or shape[len(shape) - len(core) :] != core:
+        raise ValueError(
+            f"{name} must have shape (*batch, N, {', '.join(map(str, core))}) to match the network's input, got {shape}"
+        )
+    if shape[-len(core) - 1] == 0:
+        raise ValueError(f"{name} must hold at least one sample, got shape {shape}")
+
+
+def check_samples(net: Network, x: Array, y: Array, names: tuple[str, str] = ("x", "y")) -> None:
+    """Raise ValueError unless the shapes of inputs and targets fit the network and each other."""
+    check_inputs(names[0], x, net.layers[0].input_shape)
+    samples = x.shape[x.ndim - sample_axes(net)[0]]
+    if net.likelihood.name != "categorical":
+        _arrays.check_core(names[1], y, (samples, net.n_outputs), f"to match {names[0]} and the network's outputs")
+    elif y.ndim < 1 or y.shape[-1] != samples:
+        raise ValueError(
+            f"{names[1]} must hold class numbers of shape (*batch, {samples}) to match {names[0]}, got {tuple(y.shape)}"
+        )
 
 
 def sample_axes(net: Network) -> tuple[int, int]:

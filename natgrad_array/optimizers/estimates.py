@@ -176,10 +176,8 @@ class Estimate:
     """Whether errors come back to the layers at all."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.average < 1.0:
-            raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        _arrays.check_within("average", self.average, *_arrays.FRACTION)
+        _arrays.check_within("share", self.share, *_arrays.SHARE)
         _arrays.check_option("convolution", self.convolution, CONVOLUTIONS)
 
     def observe(self, net: Network, params: tuple[Array, ...], trace: Trace, y: Array, rng: Any) -> Statistics:

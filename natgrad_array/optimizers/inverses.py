@@ -471,6 +471,10 @@ class MoorePenrose(ByFactors):
 
     rtol: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.rtol is not None:
+            _arrays.check_setting("rtol", self.rtol)
+
     def start(self, params: Tangent, estimate: Estimate) -> Any:
         none = not estimate.has_errors
         ranks = tuple((w[..., 0, 0], None if none else w[..., 0, 0]) for w in params)
@@ -731,8 +735,7 @@ class RescaledEigenbasis(Tikhonov):
     needs_errors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.average < 1.0:
-            raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
+        _arrays.check_within("average", self.average, *_arrays.FRACTION)
 
     def refresh(
         self, prepared: Any, moments: Any, statistics: Statistics | None, estimate: Estimate, at: Context
@@ -855,10 +858,8 @@ class Adam(Inverse):
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if not self.eps >= 0.0:
-            raise ValueError(f"eps must be at least 0, got {self.eps}")
+            _arrays.check_within(name, getattr(self, name), *_arrays.FRACTION)
+        _arrays.check_within("eps", self.eps, *_arrays.NONNEGATIVE)
 
     remembers: ClassVar[bool] = True
 

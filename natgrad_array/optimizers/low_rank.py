@@ -202,10 +202,8 @@ class LowRankOnline(Inverse):
         for name in ("input_rank", "output_rank"):
             if not _arrays.is_integer(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
-        if not self.alpha > 0.0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}")
-        if not 0.0 < self.eta <= 1.0:
-            raise ValueError(f"eta must be above 0 and at most 1, got {self.eta}")
+        _arrays.check_within("alpha", self.alpha, *_arrays.POSITIVE)
+        _arrays.check_within("eta", self.eta, *_arrays.SHARE)
 
     def _ranks(self, w: Array) -> tuple[int, int]:
         m, n = w.shape[-2:]

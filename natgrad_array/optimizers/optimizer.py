@@ -43,8 +43,9 @@ class Optimizer:
     Raises
     ------
     TypeError, ValueError
-        If a choice is of the wrong kind, or `refresh` is not a positive integer. A weight
-        decay that is negative, or does not broadcast to the ensemble, raises in a step.
+        If a choice is of the wrong kind, `refresh` is not a positive integer, or the weight
+        decay is neither a number of at least 0 nor an array. One that does not broadcast to
+        the ensemble raises in a step.
 
     Notes
     -----
@@ -85,6 +86,7 @@ class Optimizer:
             raise ValueError(f"estimate must have errors for the inverse {self.inverse}, got {self.estimate}")
         if not _arrays.is_integer(self.refresh) or self.refresh < 1:
             raise ValueError(f"refresh must be an integer of at least 1, got {self.refresh!r}")
+        _arrays.check_setting("weight_decay", self.weight_decay)
 
     @_arrays.quiet
     def init(self, net: Network, params: Params, /) -> OptimizerState:

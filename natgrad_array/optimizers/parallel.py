@@ -12,7 +12,7 @@ from natgrad_array import _arrays
 from natgrad_array._arrays import Array
 from natgrad_array._client import check_client, keep, submit
 from natgrad_array.networks import passes
-from natgrad_array.networks.network import Network, Params, sample_axes
+from natgrad_array.networks.network import Network, Params, check_samples, sample_axes
 from natgrad_array.optimizers import stepping
 from natgrad_array.optimizers.inverses import Context, Inverse, Tangent
 from natgrad_array.optimizers.optimizer import Optimizer
@@ -201,6 +201,7 @@ class DataParallel:
         _, given = check_network(net, params)
         check_state(state.optimizer)
         check_client(self.client)
+        _check_batch(net, given, x, y)
         first, *others = sorted(self.client.nthreads()) or [""]
         cuts = self._cuts(net, x, y, len(others))
         noise = self._noise(net, given, x, cuts[-1], rng)
@@ -273,10 +274,7 @@ class DataParallel:
         """Where shards begin, and how many samples there are."""
         axis = -sample_axes(net)[0]
         if not _arrays.is_dask(x):
-            _arrays.check_arrays({"x": x, "y": y}, integers=True)
             samples = x.shape[axis]
-            if y.shape[-sample_axes(net)[1]] != samples:
-                raise ValueError(f"y must have the {samples} samples of x, got shape {tuple(y.shape)}")
             shards = max(1, min(samples, workers))
             return [samples * k // shards for k in range(shards + 1)]
         chunks = x.chunks[axis]
@@ -303,6 +301,24 @@ class DataParallel:
         axes = sample_axes(net)[0]
         named = {str(i): tuple(w.shape[:-2]) for i, w in enumerate(params)} | {"x": tuple(x.shape[: x.ndim - axes])}
         return self.optimizer.estimate.noise(net, _arrays.broadcast_batch(named), samples, rng, params[0])
+
+
+def _check_batch(net: Network, params: Tangent, x: Any, y: Any) -> None:
+    """Raise here what workers would raise, each with a traceback of its own."""
+    for name, array in (("x", x), ("y", y)):
+        if not hasattr(array, "shape"):
+            raise TypeError(f"{name} must be an array or a Dask array, got {_arrays.describe(array)}")
+    if not _arrays.is_dask(x):
+        _arrays.check_arrays({"params[0]": params[0], "x": x})
+        _arrays.check_arrays({"x": x, "y": y}, integers=True)
+    elif str(x.dtype) != (wanted := str(params[0].dtype).rpartition(".")[2]):
+        # Which library chunks are of is known to their workers alone.
+        raise TypeError(f"x must have the dtype of params[0], {wanted}, got {x.dtype}")
+    check_samples(net, x, y)
+    of_x, of_y = sample_axes(net)
+    batches = {f"params[{i}]": tuple(w.shape[:-2]) for i, w in enumerate(params)}
+    batches |= {"x": tuple(x.shape[: x.ndim - of_x]), "y": tuple(y.shape[: y.ndim - of_y])}
+    _arrays.broadcast_batch(batches)
 
 
 # ------------------------------------------------------------------------------ on workers

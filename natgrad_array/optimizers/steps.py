@@ -169,9 +169,9 @@ class Fixed(Scaling):
 
     Raises
     ------
-    ValueError
-        If `momentum` is out of range. A learning rate that is negative, or does not broadcast to
-        the ensemble, raises in a step.
+    TypeError, ValueError
+        If a number is none, or out of range. A learning rate that does not broadcast to the
+        ensemble raises in a step, where a negative entry of an array makes its member NaN.
 
     Examples
     --------
@@ -192,7 +192,8 @@ class Fixed(Scaling):
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_momentum(self.momentum)
+        _arrays.check_setting("learning_rate", self.learning_rate)
+        _arrays.check_within("momentum", self.momentum, *_arrays.FRACTION)
 
     def _rate(self, at: Context) -> Array:
         rate = _arrays.check_nonnegative(
@@ -211,11 +212,6 @@ class Fixed(Scaling):
         return self._changed(direction, previous, self._rate(at))
 
 
-def _check_momentum(value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {value}")
-
-
 @dataclass(frozen=True)
 class PerLayer(Fixed):
     """A learning rate divided by the number of layers: the step of the layerwise rule (Eq 42).
@@ -229,7 +225,7 @@ class PerLayer(Fixed):
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         As `Fixed` does.
 
     Notes
@@ -270,8 +266,8 @@ class NormBound(Fixed):
 
     Raises
     ------
-    ValueError
-        If `momentum` or `bound` is out of range; as `Fixed` does in a step.
+    TypeError, ValueError
+        If `bound` is not above 0; as `Fixed` does.
 
     Examples
     --------
@@ -290,8 +286,7 @@ class NormBound(Fixed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.bound > 0.0:
-            raise ValueError(f"bound must be above 0, got {self.bound}")
+        _arrays.check_within("bound", self.bound, *_arrays.POSITIVE)
 
     def _rate(self, at: Context) -> Array:
         return super()._rate(at)
@@ -324,8 +319,8 @@ class QuadraticModel(Scaling):
 
     Raises
     ------
-    ValueError
-        If `share` is out of range.
+    TypeError, ValueError
+        If `momentum` is no truth value, or `share` is out of range.
 
     Examples
     --------
@@ -347,8 +342,9 @@ class QuadraticModel(Scaling):
     needs_products: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        if not isinstance(self.momentum, bool):
+            raise TypeError(f"momentum must be True or False, got {_arrays.describe(self.momentum)}")
+        _arrays.check_within("share", self.share, *_arrays.SHARE)
 
     def take(self, direction: Tangent, previous: Tangent, at: Context) -> Change:
         xp = at.xp
@@ -401,7 +397,8 @@ class Damping:
     Raises
     ------
     TypeError, ValueError
-        If `initial` is negative, or does not broadcast to the ensemble: when a state is made.
+        If `initial` is neither a number of at least 0 nor an array. One that does not broadcast
+        to the ensemble raises when a state is made.
 
     Examples
     --------
@@ -416,6 +413,9 @@ class Damping:
     """
 
     initial: Any = 0.0
+
+    def __post_init__(self) -> None:
+        _arrays.check_setting("damping", self.initial)
 
     def start(self, xp: Namespace, like: Array) -> Array:
         """Make the first damping of every member.
@@ -497,8 +497,8 @@ class LevenbergMarquardt(Damping):
 
     Raises
     ------
-    ValueError
-        If `prediction` is unknown, or a number is out of range.
+    TypeError, ValueError
+        If `prediction` is unknown, or a number is none or out of range.
 
     Notes
     -----
@@ -534,7 +534,12 @@ class LevenbergMarquardt(Damping):
     minimum: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _arrays.check_option("prediction", self.prediction, PREDICTIONS)
+        for name in ("lower", "upper", "grow", "shrink"):
+            _arrays.check_within(name, getattr(self, name), *_arrays.FINITE)
+        _arrays.check_within("share", self.share, *_arrays.SHARE)
+        _arrays.check_within("minimum", self.minimum, *_arrays.NONNEGATIVE)
         if not self.grow >= 1.0 >= self.shrink > 0.0:
             raise ValueError(f"grow must be at least 1 and shrink in (0, 1], got {self.grow} and {self.shrink}")
         if not self.lower <= self.upper:

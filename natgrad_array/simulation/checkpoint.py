@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from natgrad_array.simulation.lock import Lock, LockedError
 
 FORMAT = 1
 _LOCK = "lock"
+_SUM = re.compile(r"\b[0-9a-f]{16,}\b")
 
 Host = dict[str, np.ndarray[Any, Any]]
 
@@ -215,9 +217,7 @@ class Checkpoint:
         names = sorted(self.fingerprint.keys() | other.keys())
         different = [name for name in names if self.fingerprint.get(name) != other.get(name)]
         if different:
-            shown = "; ".join(
-                f"{n}: {_short(other.get(n))} there, {_short(self.fingerprint.get(n))} here" for n in different
-            )
+            shown = "; ".join(_difference(n, other.get(n), self.fingerprint.get(n)) for n in different)
             raise CheckpointError(f"{self.path} is the checkpoint of another run ({shown}); choose another path")
 
     def _read_arrays(self, entry: Mapping[str, Any]) -> Host:
@@ -269,9 +269,21 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return payload
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"
+def _difference(name: str, there: Any, here: Any) -> str:
+    """What differs, with both values where they can be compared by reading: sums cannot."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping) and there.keys() == here.keys():
+        different = [key for key in here if there[key] != here[key]]
+        there, here = ({key: value[key] for key in different} for value in (there, here))
+    words = [_words(value) for value in (there, here)]
+    if any(len(text) > 60 or _SUM.search(text) for text in words):
+        return f"{name} {'differ' if name.endswith('s') else 'differs'}"
+    return f"{name}: {words[0]} there, {words[1]} here"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [key if item == key else f"{key} {item}" for key, item in value.items()]
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)
 
 
 def _sync_folder(path: Path) -> None:

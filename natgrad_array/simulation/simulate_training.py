@@ -61,9 +61,9 @@ def simulate_training(
     samples : pair of arrays, or callable
         Inputs x, (*batch, N, n_0) or (*batch, N, height, width, channels), and targets y,
         (*batch, N, n_L) or (*batch, N) for classes. Without batch axes all members share
-        them. Or a function of the number of a step that returns the batch of that step, the
-        same each time: samples that are drawn, or read, as they are needed. On JAX it is
-        traced, and its argument an array.
+        them; a NaN in samples of a member's own stops that member alone. Or a function of the
+        number of a step that returns the batch of that step, the same each time: samples that
+        are drawn, or read, as they are needed. On JAX it is traced, and its argument an array.
     optimizer : Optimizer
         A preset or a mixture. Learning rate, first damping and weight decay may be arrays
         of shape (*batch,): a sweep is a batch axis.
@@ -104,8 +104,9 @@ def simulate_training(
     Raises
     ------
     TypeError, ValueError
-        If an argument is wrong or does not fit the others, or if results would not fit in
-        memory or on the disk. Nothing has run then.
+        If an argument is wrong or does not fit the others, if samples that all members share
+        hold a NaN, an Inf or targets that the likelihood does not know, or if results would
+        not fit in memory or on the disk. Nothing has run then.
     FileExistsError, ConnectionError, simulation.CheckpointError
         As `simulate` raises them.
 
@@ -194,6 +195,7 @@ def prepare_training(
             raise ValueError(f"record must not name {name!r} without {what}")
     recorded = schedule(check_count("steps", steps), record_every, record_at)
     ensemble = Trained(net, params, data, kept_out, members, {"freeze_converged": freeze_converged} | arrays)
+    ensemble.check_values()
     of_x, _ = sample_axes(net)
     count = int(data[0].shape[data[0].ndim - of_x]) if data else 0
     size = _check_batch(batch_size, stream, count)

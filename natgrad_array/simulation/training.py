@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array, MemberNoise, Namespace, Shape
-from natgrad_array.networks.network import Network, sample_axes
+from natgrad_array.networks.network import Network, check_samples, sample_axes
 from natgrad_array.optimizers import stepping
 from natgrad_array.optimizers.optimizer import Optimizer
 from natgrad_array.optimizers.stepping import OptimizerState
@@ -261,14 +261,19 @@ class Trained(Members):
             x, y = pair
             _arrays.check_arrays({names[0]: x, "params[0]": self.like})
             _arrays.check_arrays({names[1]: y}, integers=True)
-            if x.ndim < of_x or y.ndim < of_y or x.shape[x.ndim - of_x] != y.shape[y.ndim - of_y]:
-                raise ValueError(
-                    f"{names[0]} and {names[1]} must have as many samples, "
-                    f"got shapes {tuple(x.shape)} and {tuple(y.shape)}"
-                )
+            check_samples(self.net, x, y, names)
             self.net.loss(one, x[..., :1, *(slice(None),) * (of_x - 1)], y[..., :1, *(slice(None),) * (of_y - 1)])
             shapes |= {names[0]: tuple(x.shape[: x.ndim - of_x]), names[1]: tuple(y.shape[: y.ndim - of_y])}
         return shapes
+
+    def check_values(self) -> None:
+        """Raise ValueError if samples that all members share hold a NaN, an Inf, or targets that are none."""
+        for names, pair in ((("x", "y"), self.samples), (("held_out[0]", "held_out[1]"), self.held_out)):
+            shared = self.data(pair, 0, 1)
+            for name, array, axes in zip(names, shared, sample_axes(self.net), strict=False):
+                _arrays.check_finite(name, array, axes)
+            if shared:
+                self.net.likelihood._check_values(names[1], shared[1], self.net.n_outputs)
 
     def data(self, pair: tuple[Array, ...], start: int, stop: int) -> tuple[Array, ...]:
         """Samples of some members; what all share has no batch axis."""
