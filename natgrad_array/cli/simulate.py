@@ -392,7 +392,9 @@ def _limits(drawn: Host) -> tuple[float, float]:
     first = drawn[..., 0, :]
     start = float(np.max(first, initial=0.0, where=first < FAR)) or 1.0
     least = np.min(drawn, initial=start, where=drawn > 1e-16 * start)
-    most = np.max(drawn, initial=start, where=drawn < 1e3 * start)
+    high = drawn >= 1e3 * start
+    # Room to see what leaves.
+    most = np.max(drawn, initial=10.0 * start if high.any() else start, where=~high)
     return float(0.5 * least), float(2.0 * most)
 
 
