@@ -649,20 +649,20 @@ def nan_unless_factor(xp: Namespace, factor: Array, a: Array) -> Array:
 
 
 def has_fast_inverse(a: Array) -> bool:
-    """Whether `inverse`, one call for all, beats the way by Cholesky factors: for small matrices on NumPy.
+    """Whether `inverse`, one call for all, beats the way by Cholesky factors: for a few small matrices on NumPy.
 
-    That is for few of them, or beside other threads, which many short calls would keep waiting.
+    By sizes alone, so that digits do not depend on where it is called.
     """
-    return bool(is_numpy(a) and a.shape[-1] <= BLAS_THREADS_FROM and (a.size < 2**13 or _beside_others()))
+    return bool(is_numpy(a) and a.shape[-1] <= BLAS_THREADS_FROM and a.size < 2**13)
 
 
 def merges_products(a: Array, b: Array) -> bool:
     """Whether one large product is faster than a stack of small ones.
 
-    BLAS starts threads of its own for it, which stay busy for a while: not beside other threads
-    on NumPy, nor for little work, nor where rows would have to be copied before they are one matrix.
+    BLAS starts threads of its own for it, which stay busy for a while: not for little work on
+    NumPy, as in a piece, nor where rows would have to be copied before they are one matrix.
     """
-    return not is_numpy(a) or (a.flags.c_contiguous and a.size * b.shape[-1] >= 2**24 and not _beside_others())
+    return not is_numpy(a) or (a.flags.c_contiguous and a.size * b.shape[-1] >= 2**24)
 
 
 def inverse(xp: Namespace, a: Array) -> Array:
@@ -1043,8 +1043,6 @@ def in_threads(work: Callable[[Any], Any], pieces: Sequence[Any], threads: int) 
 
     The caller is one of them: were it to wait, two others could come to share a processor.
     """
-    if threads < 2 or len(pieces) < 2:
-        return [work(piece) for piece in pieces]
 
     def alone(piece: Any) -> Any:
         _in_a_piece.set(True)
@@ -1052,6 +1050,8 @@ def in_threads(work: Callable[[Any], Any], pieces: Sequence[Any], threads: int) 
 
     # Settings such as `errstate` belong to the caller's context.
     contexts = [contextvars.copy_context() for _ in pieces]
+    if threads < 2 or len(pieces) < 2:
+        return [context.run(alone, piece) for context, piece in zip(contexts, pieces, strict=True)]
     waiting = [
         _pool(threads - 1).submit(context.run, alone, piece) for context, piece in zip(contexts, pieces, strict=True)
     ]

@@ -19,11 +19,17 @@ from natgrad_array import _arrays
 SAMPLE = 0.002
 """Calls shorter than this are repeated within a sample, in seconds."""
 
+REST = 0.04
+"""Between contestants, in seconds: OpenBLAS's threads look for work for some 30 ms before they sleep."""
+
 
 def interleave(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int = 15, budget: float = 5.0, warm: bool = True
 ) -> dict[str, list[float]]:
     """Time contestants in turns, so that what the machine does meanwhile meets all of them alike.
+
+    Each sample comes after a rest, in which the threads of the last contestant's BLAS leave the
+    processors, and an untimed call: as in a loop that does nothing else.
 
     Parameters
     ----------
@@ -32,7 +38,7 @@ def interleave(
     rounds : int
         At most so many samples of each.
     budget : float
-        No new round begins after so many seconds, but there are three rounds at least (or
+        No new round begins after so many seconds of calls, but there are three rounds at least (or
         `rounds`, if fewer). A call that alone takes longer is timed once, and not in turns.
     warm : bool
         Call each once before, for compilers and caches.
@@ -54,18 +60,22 @@ def interleave(
             samples[label].append(seconds)
         else:
             numbers[label] = max(1, round(SAMPLE / max(seconds, 1e-7)))
-    order, begin = list(numbers), time.perf_counter()
+    order, spent = list(numbers), 0.0
     for done in range(rounds):
-        if done >= min(3, rounds) and time.perf_counter() - begin > budget:
+        if done >= min(3, rounds) and spent > budget:
             break
         # Whoever goes first finds the caches as the last one left them: take turns at that too.
         first = done % max(1, len(order))
         for label in order[first:] + order[:first]:
             call, number = calls[label], numbers[label]
+            time.sleep(REST)
+            call()
             start = time.perf_counter()
             for _ in range(number):
                 call()
-            samples[label].append((time.perf_counter() - start) / number)
+            seconds = time.perf_counter() - start
+            samples[label].append(seconds / number)
+            spent += seconds
     return samples
 
 

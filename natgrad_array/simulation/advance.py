@@ -43,8 +43,8 @@ def advance(
         arguments = (data, state, _scalar(xp, number), padded, _scalar(xp, count))
         state, seen = _arrays.compiled(_advance, system, like, *arguments)
         return state, tuple(stack[:count, ...] for stack in seen)
-    pieces = _cache_sized(system, state)
-    if len(pieces) < 2:
+    pieces = _cut(system, state)
+    if not pieces:
         return _advance(system, data, state, number, lengths, count)
 
     def work(piece: slice) -> tuple[State, Seen]:
@@ -88,17 +88,22 @@ def _scalar(xp: Any, value: int) -> Any:
 # ----------------------------------------------------------------- NumPy: caches and threads
 
 
-def _cache_sized(system: System, state: State) -> list[slice]:
-    """Cut NumPy's stacks so that what one step works on stays in a processor's cache.
+_THREADS, _WORK = 8, 2**21
+"""So many pieces, for as many threads, where each has so many multiplications of a product with its layers."""
+
+
+def _cut(system: System, state: State) -> list[slice]:
+    """Cut NumPy's stacks so that what one step works on stays in a processor's cache, and threads have work.
 
     The cut follows from sizes alone, so that digits do not depend on how many threads there are.
     """
     members = state.rate.shape[0]
     sides = tuple(side for w in state.weights for side in w.shape[1:])
     if not system.cuts_to_cache(state.rate, sides):
-        return [slice(0, members)]
+        return []
     largest = max(w.nbytes for w in state.weights)
-    count = min(members, -(-largest // _arrays.PIECE_BYTES))
+    work = sum(w.size * min(w.shape[1:]) for w in state.weights)
+    count = min(members, max(-(-largest // _arrays.PIECE_BYTES), min(_THREADS, work // _WORK)))
     ends = [members * k // max(count, 1) for k in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
