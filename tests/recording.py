@@ -51,7 +51,7 @@ def record(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]) -> list
     """Everything that `function` calls through the namespace it is given by `_arrays`."""
     recorder = Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(_arrays.compat, "array_namespace", lambda *arrays, **options: recorder)
+        patch.setattr(_arrays.libraries.compat, "array_namespace", lambda *arrays, **options: recorder)
         function()
     return recorder.calls
 

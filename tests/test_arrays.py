@@ -369,11 +369,11 @@ def test_check_fits_counts_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix and the pieces it is made of: twice its size."""
     for dtype, size in (("float64", 8), ("float32", 4)):
         a = EYE.astype(dtype)
-        monkeypatch.setattr(_arrays, "available_bytes", lambda _, size=size: 2 * 100 * size)
+        monkeypatch.setattr(_arrays.memory, "available_bytes", lambda _, size=size: 2 * 100 * size)
         _arrays.check_fits("it", (10, 10), NUMPY.xp, a, "")
         with pytest.raises(ValueError, match="it of shape"):
             _arrays.check_fits("it", (10, 11), NUMPY.xp, a, "")
-    monkeypatch.setattr(_arrays, "available_bytes", lambda _: None)
+    monkeypatch.setattr(_arrays.memory, "available_bytes", lambda _: None)
     _arrays.check_fits("it", (10**9, 10**9), NUMPY.xp, EYE, "")
 
 
@@ -383,9 +383,9 @@ def test_available_bytes_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("builtins.open", refuse)
     counts = {"SC_PHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(_arrays, "os", SimpleNamespace(sysconf=counts.__getitem__))
+    monkeypatch.setattr(_arrays.memory, "os", SimpleNamespace(sysconf=counts.__getitem__))
     assert _arrays.available_bytes(EYE) is None or _arrays.available_bytes(EYE) == 7 * 4096
-    monkeypatch.setattr(_arrays, "os", SimpleNamespace())
+    monkeypatch.setattr(_arrays.memory, "os", SimpleNamespace())
     assert _arrays.available_bytes(EYE) is None
 
 

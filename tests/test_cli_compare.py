@@ -225,7 +225,7 @@ def test_bad_options(options: list[str], words: str, capsys: pytest.CaptureFixtu
 def test_a_network_too_large_for_dense_matrices(
     files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ng.linalg._arrays, "available_bytes", lambda _: 1000)
+    monkeypatch.setattr(ng.linalg._arrays.memory, "available_bytes", lambda _: 1000)
     assert main(["compare", *FAST, *files]) == 2
     assert "--hidden, --samples and --members say how large it is" in capsys.readouterr().err
 

@@ -361,6 +361,6 @@ def test_what_is_refused(call: Any, error: type[Exception], match: str) -> None:
 
 def test_a_block_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     preconditioner = made(opts.Tikhonov())
-    monkeypatch.setattr(ng.linalg._arrays, "available_bytes", lambda _: 1000)
+    monkeypatch.setattr(ng.linalg._arrays.memory, "available_bytes", lambda _: 1000)
     with pytest.raises(ValueError, match=r"block \(1, 1\) of shape .* needs about"):
         preconditioner.block(1, 1)

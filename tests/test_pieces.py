@@ -19,8 +19,8 @@ from natgrad_array import deep_linear as dl
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of two matrices 16 × 16, in three threads."""
-    monkeypatch.setattr(_arrays, "PIECE_BYTES", 2 * 16 * 16 * 8)
-    monkeypatch.setattr(_arrays, "usable_threads", lambda: 3)
+    monkeypatch.setattr(_arrays.pieces, "PIECE_BYTES", 2 * 16 * 16 * 8)
+    monkeypatch.setattr(_arrays.pieces, "usable_threads", lambda: 3)
 
 
 def both_products(a: Any, b: Any) -> tuple[Any, Any]:
@@ -71,7 +71,7 @@ def test_pieces_run_in_threads_and_in_the_context_of_the_caller() -> None:
 
 
 def test_threads_keep_the_order_and_share_their_processors_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_arrays.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(_arrays.pieces.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     together = threading.Barrier(3)  # each of three threads takes a piece, or this waits
@@ -113,7 +113,7 @@ def test_large_matrices_stay_together_and_small_ones_are_cut_to_a_quarter(n: int
 
 
 def test_threads_follow_the_limits_of_blas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_arrays.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(_arrays.pieces.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     assert _arrays.usable_threads() == 6
@@ -143,8 +143,8 @@ def test_directions_in_pieces_are_those_of_the_whole(sizes: tuple[int, ...], mon
     teacher = rng.standard_normal((n_out, n_in))
     task = ng.GaussianTask(np.eye(n_in), np.eye(n_out), teacher, teacher @ teacher.T + np.eye(n_out))
     alone = [dl.natural_gradient(tuple(w[b] for w in weights), task) for b in range(24)]
-    monkeypatch.setattr(_arrays, "PIECE_BYTES", 4 * 24 * 24 * 8)
-    monkeypatch.setattr(_arrays, "usable_threads", lambda: 2)
+    monkeypatch.setattr(_arrays.pieces, "PIECE_BYTES", 4 * 24 * 24 * 8)
+    monkeypatch.setattr(_arrays.pieces, "usable_threads", lambda: 2)
     found = dl.natural_gradient(tuple(weights), task)
     for b, directions in enumerate(alone):
         for whole, one in zip(found, directions, strict=True):

@@ -378,7 +378,7 @@ def test_bad_networks_and_tasks() -> None:
 def test_a_check_that_does_not_fit_says_so_first(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     weights, task = given(NUMPY, *network((3, 4, 2)))
-    monkeypatch.setattr("natgrad_array._arrays.available_bytes", lambda array: 100)
+    monkeypatch.setattr("natgrad_array._arrays.memory.available_bytes", lambda array: 100)
     with pytest.raises(ValueError, match=r"the matrix S of shape \(12, 6\) needs about .* check a smaller network"):
         ng.check_preconditioner(calls.append, weights, task)
     assert calls == []

@@ -147,12 +147,12 @@ def counting() -> Iterator[list[int]]:
     not in the count.
     """
     total = [0]
-    original = _arrays.compat.array_namespace
-    _arrays.compat.array_namespace = lambda *arrays, **options: _Counter(array_api_compat.numpy, total)
+    original = _arrays.libraries.compat.array_namespace
+    _arrays.libraries.compat.array_namespace = lambda *arrays, **options: _Counter(array_api_compat.numpy, total)
     try:
         yield total
     finally:
-        _arrays.compat.array_namespace = original
+        _arrays.libraries.compat.array_namespace = original
 
 
 def count_calls(call: Callable[[], Any]) -> int:

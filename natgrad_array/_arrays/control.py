@@ -1,0 +1,99 @@
+"""Branches and loops: on the host, or one compiled function in a JAX trace."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from natgrad_array._arrays.libraries import Array, Namespace, is_jax, is_lazy
+
+
+def branch(flag: Array | bool, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """One of two ways by one scalar: on the host, or a conditional in a JAX trace."""
+    if not isinstance(flag, bool) and is_lazy(flag):
+        return sys.modules["jax"].lax.cond(flag, yes, no)
+    return yes() if bool(flag) else no()
+
+
+def calls_may_meet(array: Array) -> bool:
+    """Whether factorisations that do not depend on each other are better made by one call.
+
+    On a CPU jaxlib 0.10 has each call of LAPACK wait, in one of XLA's threads, for work that it
+    gives to others of them: as many calls side by side as there are threads never end.
+    """
+    return is_jax(array)
+
+
+def while_loop(
+    condition: Callable[[Any], Array], body: Callable[[Any], Any], state: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Repeat `body` on a tuple of arrays while `condition` holds.
+
+    Traced JAX arrays become one compiled loop; on other arrays the condition costs one
+    scalar brought to the host per round.
+    """
+    if any(is_jax(leaf) and is_lazy(leaf) for leaf in state):
+        result: tuple[Any, ...] = sys.modules["jax"].lax.while_loop(condition, body, state)
+        return result
+    while bool(condition(state)):
+        state = body(state)
+    return state
+
+
+def made_first(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Arrays that a JAX trace makes once, before all that is made of them."""
+    if not (is_jax(arrays[0]) and is_lazy(arrays[0])):
+        return arrays
+    result: tuple[Array, ...] = sys.modules["jax"].lax.optimization_barrier(arrays)
+    return result
+
+
+def repeat(body: Callable[[Any, Any], Any], state: Any, count: Any) -> Any:
+    """`state` after `count` rounds of ``body(i, state)``: one compiled loop in a JAX trace."""
+    if not isinstance(count, int):
+        return sys.modules["jax"].lax.fori_loop(0, count, body, state)
+    for i in range(count):
+        state = body(i, state)
+    return state
+
+
+def collect(
+    xp: Namespace, body: Callable[[Any, Any], tuple[Any, tuple[Array, ...]]], state: Any, lengths: Any, count: Any
+) -> tuple[Any, tuple[Array, ...]]:
+    """`state` after ``state, seen = body(state, length)`` for each length, and all that was seen, stacked.
+
+    In a JAX trace one compiled loop over the first `count` lengths: what lies behind them in
+    the stacks is zero, so that one compiled function serves every count up to their number.
+    """
+    if isinstance(count, int):
+        rows = []
+        for length in lengths[:count]:
+            state, seen = body(state, length)
+            rows.append(seen)
+        return state, tuple(xp.stack(column) for column in zip(*rows, strict=True))
+    jax = sys.modules["jax"]
+    shapes = jax.eval_shape(body, state, lengths[0])[1]
+    stacks = tuple(xp.zeros((lengths.shape[0], *shape.shape), dtype=shape.dtype) for shape in shapes)
+
+    def round_(i: Any, carry: Any) -> Any:
+        state, stacks = carry
+        state, seen = body(state, lengths[i])
+        return state, tuple(stack.at[i].set(row) for stack, row in zip(stacks, seen, strict=True))
+
+    result: tuple[Any, tuple[Array, ...]] = jax.lax.fori_loop(0, count, round_, (state, stacks))
+    return result
+
+
+def compiled(function: Callable[..., Any], static: Any, like: Array, *arguments: Any) -> Any:
+    """``function(static, *arguments)``; compiled, once for each `static` and set of shapes, where `like` is JAX's."""
+    if not is_jax(like):
+        return function(static, *arguments)
+    return _jitted(function)(static, *arguments)
+
+
+@functools.cache
+def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    jitted: Callable[..., Any] = sys.modules["jax"].jit(function, static_argnums=0)
+    return jitted

@@ -1,0 +1,178 @@
+"""Stacks on NumPy in pieces that fit a cache, by several threads."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextvars
+import functools
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from natgrad_array._arrays.checks import broadcast_shapes
+from natgrad_array._arrays.libraries import Array, Shape, is_numpy
+
+PIECE_BYTES = 2**20
+"""The size of one stack of matrices that stays in a processor's cache with a few others."""
+
+
+BLAS_THREADS_FROM = 64
+"""OpenBLAS gives products of larger matrices threads of its own."""
+
+
+def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape], *, one_by_one: bool = False) -> bool:
+    """Whether `in_pieces` makes more than one piece."""
+    if not is_numpy(arrays[0]):
+        return False
+    batch = broadcast_shapes(array.shape[:-2] for array in arrays)
+    if max(batch, default=1) < 2:
+        return False
+    return (_threads(cores) > 0 or one_by_one) and _pieces(batch, arrays, cores) > 1
+
+
+def _threads(cores: Sequence[Shape]) -> int:
+    """How many threads there are for pieces; none where BLAS has threads of its own."""
+    return usable_threads() if max(side for core in cores for side in core) <= BLAS_THREADS_FROM else 0
+
+
+def _pieces(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
+    """In how many pieces a stack fits into a processor's cache; two a thread at least where there is work for all.
+
+    Products of matrices below 16 × 16 are over so soon that passes over memory decide: all
+    stacks of a step, and not only a few, have to stay there.
+    Large matrices take their turns, so that a piece may fill the cache that processors share.
+    """
+    largest = max(side for core in cores for side in core)
+    limit = PIECE_BYTES // 4 if largest < 16 else PIECE_BYTES if largest <= BLAS_THREADS_FROM else 4 * PIECE_BYTES
+    count = -(-math.prod(batch) * _member_bytes(arrays, cores) // limit)
+    flops = math.prod(batch) * sum(m * n * min(m, n) for m, n in cores)
+    return max(count, min(2 * _threads(cores), flops // 2**21))
+
+
+def _member_bytes(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
+    """Bytes of the largest matrix of one member."""
+    sizes = [math.prod(array.shape[-2:]) for array in arrays if array.ndim > 2] + [math.prod(core) for core in cores]
+    return int(max(sizes) * arrays[0].dtype.itemsize)
+
+
+def in_pieces(
+    function: Callable[..., tuple[Array, ...]],
+    arrays: tuple[Array, ...],
+    cores: Sequence[Shape],
+    *,
+    one_by_one: bool = False,
+) -> tuple[Array, ...]:
+    """Apply a function of stacks of matrices; on NumPy to pieces of the stacks, in threads.
+
+    NumPy works on a stack with one processor, and for every step of a long computation goes
+    through memory. Both cost a factor of two where the matrices are not so large that BLAS has
+    threads of its own.
+
+    Parameters
+    ----------
+    function : callable
+        Takes arrays like `arrays` and returns a tuple of stacks with the batch axes of all
+        of them; what it does for a member depends on no other.
+    arrays : tuple of arrays, shapes (*batch, m, n)
+        Batch axes may still have to broadcast.
+    cores : sequence of tuple of int
+        The core shapes of what `function` returns.
+    one_by_one : bool
+        Whether pieces of large matrices, for which BLAS has threads, are made one after the
+        other; they are left whole without.
+    """
+    if not pays_in_pieces(arrays, cores, one_by_one=one_by_one):
+        return function(*arrays)
+    batch = broadcast_shapes(array.shape[:-2] for array in arrays)
+    length = max(batch)
+    count = min(length, _pieces(batch, arrays, cores))
+    threads = max(1, min(_threads(cores), count))
+    count = min(length, -(-count // threads) * threads)
+    axis = batch.index(length) - len(batch) - 2
+    results = tuple(np.empty((*batch, *core), dtype=arrays[0].dtype) for core in cores)
+
+    def work(piece: slice) -> None:
+        parts = [array[_along(axis, piece)] if _has(array, axis, length) else array for array in arrays]
+        for result, part in zip(results, function(*parts), strict=True):
+            result[_along(axis, piece)] = part
+
+    ends = [length * k // count for k in range(count + 1)]
+    pieces = [slice(*pair) for pair in itertools.pairwise(ends)]
+    in_threads(work, pieces, threads)
+    return results
+
+
+def in_threads(work: Callable[[Any], Any], pieces: Sequence[Any], threads: int) -> list[Any]:
+    """What `work` returns for each piece, in order; by several threads where more than one is given.
+
+    The caller is one of them: were it to wait, two others could come to share a processor.
+    """
+
+    def alone(piece: Any) -> Any:
+        _in_a_piece.set(True)
+        return work(piece)
+
+    # Settings such as `errstate` belong to the caller's context.
+    contexts = [contextvars.copy_context() for _ in pieces]
+    if threads < 2 or len(pieces) < 2:
+        return [context.run(alone, piece) for context, piece in zip(contexts, pieces, strict=True)]
+    waiting = [
+        _pool(threads - 1).submit(context.run, alone, piece) for context, piece in zip(contexts, pieces, strict=True)
+    ]
+    mine = {}
+    try:
+        for k in reversed(range(len(pieces))):
+            if not waiting[k].cancel():
+                break
+            mine[k] = contexts[k].run(alone, pieces[k])
+    finally:
+        concurrent.futures.wait([future for future in waiting if not future.cancel()])
+    return [mine[k] if k in mine else future.result() for k, future in enumerate(waiting)]
+
+
+_in_a_piece = contextvars.ContextVar("_in_a_piece", default=False)
+
+
+@functools.cache
+def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads that are kept: to begin and end them takes as long as many a stack does."""
+    return concurrent.futures.ThreadPoolExecutor(threads, "natgrad_array")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+
+
+def _has(array: Array, axis: int, length: int) -> bool:
+    return bool(array.ndim >= -axis and array.shape[axis] == length)
+
+
+def _along(axis: int, piece: slice) -> tuple[Any, ...]:
+    """The index that takes a piece of an axis counted from the end."""
+    return (..., piece, *(slice(None),) * (-axis - 1))
+
+
+def _beside_others() -> bool:
+    """Whether other threads are at work."""
+    return _in_a_piece.get() or threading.current_thread() is not threading.main_thread()
+
+
+def usable_threads() -> int:
+    """How many threads NumPy's work is given: one for each usable processor, unless BLAS is told fewer.
+
+    One in a thread that is not the main one, where whoever started it has taken the
+    processors already, and for what is a piece itself.
+    """
+    if _beside_others():
+        return 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        if (limit := os.environ.get(name, "")).isdigit() and int(limit) > 0:
+            return min(count, int(limit))
+    return count
