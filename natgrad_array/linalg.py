@@ -391,7 +391,7 @@ def inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
 
 def inverses(xp: Namespace, arrays: tuple[Array, ...]) -> list[tuple[Array, Array]]:
     """`inverse` of several stacks of square matrices of one size."""
-    if not _arrays.calls_may_meet(arrays[0]):
+    if not _arrays.calls_may_meet(arrays[0], len(arrays)):
         return [inverse(xp, a) for a in arrays]
     n = arrays[0].shape[-1]
     lengths = [math.prod(a.shape[:-2]) for a in arrays]

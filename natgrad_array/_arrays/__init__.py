@@ -29,7 +29,16 @@ from natgrad_array._arrays.checks import (
     is_number,
     promote,
 )
-from natgrad_array._arrays.control import branch, calls_may_meet, collect, compiled, made_first, repeat, while_loop
+from natgrad_array._arrays.control import (
+    branch,
+    branches_freely,
+    calls_may_meet,
+    collect,
+    compiled,
+    made_first,
+    repeat,
+    while_loop,
+)
 from natgrad_array._arrays.libraries import (
     Array,
     Namespace,
@@ -112,6 +121,7 @@ __all__ = [
     "available_bytes",
     "block_matrix",
     "branch",
+    "branches_freely",
     "broadcast_batch",
     "broadcast_shapes",
     "by_halving",

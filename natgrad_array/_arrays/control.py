@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +18,23 @@ def branch(flag: Array | bool, yes: Callable[[], Any], no: Callable[[], Any]) ->
     return yes() if bool(flag) else no()
 
 
-def calls_may_meet(array: Array) -> bool:
-    """Whether factorisations that do not depend on each other are better made by one call.
+def branches_freely(array: Array) -> bool:
+    """Whether `branch` costs no more than the way it takes: not in a trace for a CPU.
+
+    There XLA works on independent operations side by side, but not within a conditional,
+    which makes a long computation a quarter to a half slower.
+    """
+    return not is_lazy(array) or sys.modules["jax"].default_backend() != "cpu"
+
+
+def calls_may_meet(array: Array, count: int) -> bool:
+    """Whether so many factorisations that do not depend on each other have to be one call.
 
     On a CPU jaxlib 0.10 has each call of LAPACK wait, in one of XLA's threads, for work that it
-    gives to others of them: as many calls side by side as there are threads never end.
+    gives to others of them: as many calls side by side as there are threads never end. Where
+    there are twice as many threads, calls of their own are faster, since XLA makes them side by side.
     """
-    return is_jax(array)
+    return is_jax(array) and 2 * count > int(os.environ.get("NPROC", "") or os.cpu_count() or 1)
 
 
 def while_loop(

@@ -36,8 +36,10 @@ def layerwise(
     rungs: list[Rung] = [square.by_one_inverse, square.by_layer_inverses, _by_duals]
     if square.is_small(layers):
         return _descend(xp, layers, factors, scale, with_excess, rungs)
+    # With the excess it is a simulation, whose networks are soon as well conditioned as the target.
+    tries = with_excess or _arrays.branches_freely(layers[0])
     found: Directions = _arrays.branch(
-        square.one_inverse_serves(xp, layers),
+        square.one_inverse_serves(xp, layers) if tries else False,
         lambda: _in_pieces(xp, layers, factors, scale, with_excess, rungs),
         lambda: _in_pieces(xp, layers, factors, scale, with_excess, rungs[1:]),
     )
