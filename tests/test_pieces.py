@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import itertools
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,6 +89,58 @@ def test_threads_keep_the_order_and_share_their_processors_with_nobody(monkeypat
     assert {threads for _, threads, _ in found} == {1}
     assert len({name for _, _, name in found}) == 3
     assert _arrays.usable_threads() == 6
+
+
+def test_a_piece_that_a_thread_has_taken_and_not_begun_is_not_called_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Taken(concurrent.futures.Future[int]):
+        """Begins only when somebody waits for it, behind a piece that is at work already."""
+
+        def __init__(self, work: Callable[[], int]) -> None:
+            super().__init__()
+            self.work = work
+
+        def result(self, timeout: float | None = None) -> int:
+            if not self.done() and self.set_running_or_notify_cancel():
+                self.set_result(self.work())
+            return super().result(timeout)
+
+    class Pool:
+        """Of two threads: one has taken the first piece, the other has done the second."""
+
+        def submit(self, *call: Any) -> concurrent.futures.Future[int]:
+            future = Taken(functools.partial(*call))
+            if call[-1] == 1:
+                future.result()
+            return future
+
+    monkeypatch.setattr(_arrays.pieces, "_pool", lambda _: Pool())
+    assert _arrays.in_threads(lambda k: 10 + k, [0, 1, 2], 3) == [10, 11, 12]
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (48, 32, 24, 16), (32, 8, 32)], ids=str)
+def test_digits_of_simulations_do_not_depend_on_threads(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    weights = tuple(rng.standard_normal((64, m, n)) / n**0.5 for n, m in itertools.pairwise(sizes))
+    task = ng.GaussianTask.from_samples(rng.standard_normal((99, sizes[0])), rng.standard_normal((99, sizes[-1])))
+    found = []
+
+    def run() -> None:
+        found.append(ng.simulate(weights, task, learning_rate=0.02, steps=3))
+
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", threads)
+        monkeypatch.setattr(_arrays.pieces.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+        run()
+    elsewhere = threading.Thread(target=run)
+    elsewhere.start()
+    elsewhere.join()
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.loss, found[0].loss)
+        for a, b in zip(other.weights, found[0].weights, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(found) == 3
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -130,9 +130,10 @@ def in_threads(work: Callable[[Any], Any], pieces: Sequence[Any], threads: int) 
             if not waiting[k].cancel():
                 break
             mine[k] = contexts[k].run(alone, pieces[k])
+        return [mine[k] if k in mine else future.result() for k, future in enumerate(waiting)]
     finally:
+        # After a failure nothing more is begun, and nothing is left at work.
         concurrent.futures.wait([future for future in waiting if not future.cancel()])
-    return [mine[k] if k in mine else future.result() for k, future in enumerate(waiting)]
 
 
 _in_a_piece = contextvars.ContextVar("_in_a_piece", default=False)
