@@ -35,7 +35,6 @@ from natgrad_array._arrays.control import (
     calls_may_meet,
     collect,
     compiled,
-    made_first,
     repeat,
     while_loop,
 )
@@ -169,7 +168,6 @@ __all__ = [
     "item_bytes",
     "key_data",
     "library",
-    "made_first",
     "merges_products",
     "namespace",
     "nan_unless_factor",

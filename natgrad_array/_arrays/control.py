@@ -53,14 +53,6 @@ def while_loop(
     return state
 
 
-def made_first(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Arrays that a JAX trace makes once, before all that is made of them."""
-    if not (is_jax(arrays[0]) and is_lazy(arrays[0])):
-        return arrays
-    result: tuple[Array, ...] = sys.modules["jax"].lax.optimization_barrier(arrays)
-    return result
-
-
 def repeat(body: Callable[[Any, Any], Any], state: Any, count: Any) -> Any:
     """`state` after `count` rounds of ``body(i, state)``: one compiled loop in a JAX trace."""
     if not isinstance(count, int):

@@ -111,10 +111,13 @@ def settle(
 
     def some_not() -> tuple[State, tuple[Array, ...]]:
         keep, newly = good[:, None, None], ((state.diverged_at == RUNNING) & ~good)[:, None, None]
-        kept = tuple(xp.where(keep, w, k) for w, k in zip(state.weights, state.kept, strict=True))
-        # Weights in motion are those that were kept: read from there, they are free to be written
-        # to, where a compiled loop would copy them first.
-        kept = _arrays.made_first(kept)
+        # In a compiled loop all are well at most steps, and a copy moves less memory than a choice.
+        kept = _arrays.branch(
+            xp.all(good) if trouble is None else False,
+            lambda: state.weights,
+            lambda: tuple(xp.where(keep, w, k) for w, k in zip(state.weights, state.kept, strict=True)),
+        )
+        # Weights in motion are those that were kept: read from there, they are free to be written to.
         frozen = State(
             tuple(xp.where(keep, k, idle(xp, k)) for k in kept),
             kept,
