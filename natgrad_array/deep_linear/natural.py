@@ -65,7 +65,7 @@ def natural_gradient(
     -----
     Eqs 24–26, 34, 35 and 42 of Bernacchia, Lengyel and Hennequin (2018), supplement.
     "layerwise" costs, for a square network whose end-to-end matrix is well conditioned, one
-    n × n inverse and 3L + 1 products; where it is not, L/2 inverses and 4L − 4 products if each
+    n × n inverse and 3L products; where it is not, L/2 inverses and 4L − 4 products if each
     two layers are, else L inverses and 3L − 4 products; where all
     hidden layers have one width r and the ends are wider, an inverse for each layer, two of r and
     products with W* that all members share; and for other shapes two products and a Gram matrix a

@@ -89,7 +89,7 @@ def by_one_inverse(
 ) -> Found:
     """(W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ = (W_i ⋯ W_1) W⁻¹ (W − W*) W⁻¹ (W_L ⋯ W_i).
 
-    One inverse and 3L + 1 products, 2n³ flops each.
+    One inverse and 3L products, 2n³ flops each.
     """
     ahead = [layers[-1]]
     for layer in layers[-2::-1]:
@@ -99,9 +99,9 @@ def by_one_inverse(
     gap = product - factors.optimum
     excess = (_excess(xp, gap, factors),) if with_excess else ()
     gap *= scale
-    half = inverse @ gap
-    found = [layers[0] @ half]
-    moved = layers[0] @ (half @ inverse)
+    moved = layers[0] @ (inverse @ gap)
+    found = [moved]
+    moved = moved @ inverse
     for layer, rest in zip(layers[1:], reversed(ahead), strict=True):
         moved = layer @ moved
         found.append(moved @ rest)
