@@ -189,7 +189,7 @@ def test_every_rung_gives_the_same_direction(sizes: tuple[int, ...]) -> None:
     scale = 1.0 / len(weights)
     rungs = [ladder._by_gram_matrices, ladder._by_duals]
     if len(set(sizes)) == 1:
-        rungs += [square.by_one_inverse, square.by_layer_inverses]
+        rungs += [square.by_one_inverse, square.by_pair_inverses, square.by_layer_inverses]
     if waist.is_waisted(weights, task.factors):
         rungs.append(waist.by_ends)
     for rung in rungs:
@@ -322,15 +322,20 @@ def test_gaussian_networks_in_float32_keep_their_digits() -> None:
 
 
 def test_a_probe_chooses_the_way_of_a_square_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gaussian products are too ill conditioned for one inverse, those of orthogonal layers are not."""
-    taken = []
-    for name in ("by_one_inverse", "by_layer_inverses"):
+    """Gaussian products are too ill conditioned for one inverse, and in float32 for those of pairs."""
+    taken: list[str] = []
+    for name in ("by_one_inverse", "by_pair_inverses", "by_layer_inverses"):
         way = getattr(square, name)
         monkeypatch.setattr(square, name, lambda *args, way=way, name=name: taken.append(name) or way(*args))
     task = ng.GaussianTask(*moments(32, 32))
     rng = np.random.default_rng(0)
     gaussian = tuple(rng.standard_normal((48, 32, 32)) / 32**0.5 for _ in range(4))
     dl.natural_gradient(gaussian, task)
+    assert taken[0] == "by_pair_inverses"
+    assert "by_one_inverse" not in taken
+    taken.clear()
+    single = ng.GaussianTask(*(m.astype(np.float32) for m in moments(32, 32)))
+    dl.natural_gradient(tuple(w.astype(np.float32) for w in gaussian), single)
     assert set(taken) == {"by_layer_inverses"}
     taken.clear()
     dl.natural_gradient(network((32,) * 5, batch=48), task)

@@ -53,6 +53,27 @@ def test_pieces_make_up_the_whole(first: tuple[int, ...], second: tuple[int, ...
     np.testing.assert_allclose(found[1], np.einsum("...ij,...jk->...ik", b, a), atol=1e-13)
 
 
+def test_torch_makes_its_pieces_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(_arrays.pieces, "PIECE_BYTES", 2 * 4 * 4 * 8)
+    rng = np.random.default_rng(0)
+    a, b = (torch.asarray(rng.standard_normal(shape), requires_grad=True) for shape in ((2, 21, 4, 4), (21, 4, 4)))
+    lengths = []
+
+    def work(a: Any, b: Any) -> tuple[Any, Any]:
+        assert threading.current_thread() is threading.main_thread()
+        lengths.append((a.shape[1], b.shape[0]))
+        return both_products(a, b)
+
+    found = _arrays.in_pieces(work, (a, b), [(4, 4), (4, 4)])
+    assert set(lengths) == {(1, 1), (2, 2)}
+    assert sum(length for length, _ in lengths) == 21
+    wanted = both_products(a, b)
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+    gradients = [torch.autograd.grad(sum(part.square().sum() for part in parts), (a, b)) for parts in (found, wanted)]
+    assert all(torch.allclose(f, w) for f, w in zip(*gradients, strict=True))
+
+
 @pytest.mark.usefixtures("small_pieces")
 def test_pieces_run_in_threads_and_in_the_context_of_the_caller() -> None:
     a = np.ones((12, 16, 16))

@@ -1,11 +1,10 @@
-"""Stacks on NumPy in pieces that fit a cache, by several threads."""
+"""Stacks on a CPU in pieces that fit a cache; those of NumPy by several threads."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextvars
 import functools
-import itertools
 import math
 import os
 import threading
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from natgrad_array._arrays.checks import broadcast_shapes
-from natgrad_array._arrays.libraries import Array, Shape, is_numpy
+from natgrad_array._arrays.libraries import Array, Shape, is_numpy, is_torch, namespace
 
 PIECE_BYTES = 2**20
 """The size of one stack of matrices that stays in a processor's cache with a few others."""
@@ -27,12 +26,17 @@ BLAS_THREADS_FROM = 64
 
 def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape], *, one_by_one: bool = False) -> bool:
     """Whether `in_pieces` makes more than one piece."""
-    if not is_numpy(arrays[0]):
-        return False
     batch = broadcast_shapes(array.shape[:-2] for array in arrays)
     if max(batch, default=1) < 2:
         return False
+    if not is_numpy(arrays[0]):
+        return _has_threads_within(arrays[0]) and not one_by_one and _pieces(batch, arrays, cores) > 1
     return (_threads(cores) > 0 or one_by_one) and _pieces(batch, arrays, cores) > 1
+
+
+def _has_threads_within(array: Array) -> bool:
+    """Whether each call works on a whole stack by several threads, and on a CPU: torch."""
+    return is_torch(array) and array.device.type == "cpu"
 
 
 def _threads(cores: Sequence[Shape]) -> int:
@@ -46,7 +50,11 @@ def _pieces(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> 
     Products of matrices below 16 × 16 are over so soon that passes over memory decide: all
     stacks of a step, and not only a few, have to stay there.
     Large matrices take their turns, so that a piece may fill the cache that processors share.
+    So do all on torch, where a call costs more, and a stack that fits a few times is left whole.
     """
+    if not is_numpy(arrays[0]):
+        stack = math.prod(batch) * _member_bytes(arrays, cores)
+        return -(-stack // (2 * PIECE_BYTES)) if stack >= 8 * PIECE_BYTES else 1
     largest = max(side for core in cores for side in core)
     limit = PIECE_BYTES // 4 if largest < 16 else PIECE_BYTES if largest <= BLAS_THREADS_FROM else 4 * PIECE_BYTES
     count = -(-math.prod(batch) * _member_bytes(arrays, cores) // limit)
@@ -71,7 +79,7 @@ def in_pieces(
 
     NumPy works on a stack with one processor, and for every step of a long computation goes
     through memory. Both cost a factor of two where the matrices are not so large that BLAS has
-    threads of its own.
+    threads of its own. Torch has threads, and gains from its pieces a fifth or so.
 
     Parameters
     ----------
@@ -91,19 +99,27 @@ def in_pieces(
     batch = broadcast_shapes(array.shape[:-2] for array in arrays)
     length = max(batch)
     count = min(length, _pieces(batch, arrays, cores))
+    axis = batch.index(length) - len(batch) - 2
+
+    def parts(piece: slice) -> list[Array]:
+        return [array[_along(axis, piece)] if _has(array, axis, length) else array for array in arrays]
+
+    def cut(count: int) -> list[slice]:
+        return [slice(length * k // count, length * (k + 1) // count) for k in range(count)]
+
+    if not is_numpy(arrays[0]):
+        xp = namespace(arrays[0])
+        columns = zip(*(function(*parts(piece)) for piece in cut(count)), strict=True)
+        return tuple(xp.concat(column, axis=axis) for column in columns)
     threads = max(1, min(_threads(cores), count))
     count = min(length, -(-count // threads) * threads)
-    axis = batch.index(length) - len(batch) - 2
     results = tuple(np.empty((*batch, *core), dtype=arrays[0].dtype) for core in cores)
 
     def work(piece: slice) -> None:
-        parts = [array[_along(axis, piece)] if _has(array, axis, length) else array for array in arrays]
-        for result, part in zip(results, function(*parts), strict=True):
+        for result, part in zip(results, function(*parts(piece)), strict=True):
             result[_along(axis, piece)] = part
 
-    ends = [length * k // count for k in range(count + 1)]
-    pieces = [slice(*pair) for pair in itertools.pairwise(ends)]
-    in_threads(work, pieces, threads)
+    in_threads(work, cut(count), threads)
     return results
 
 

@@ -1,9 +1,9 @@
 """The layerwise rule (Eq 42) for an ensemble, each member by the fastest way that is exact for it.
 
-A ladder: for square networks one inverse of the end-to-end matrix, or one of each layer;
-for any other the smaller Gram matrices of its factors, applied and never multiplied out;
-then the dual factors themselves, by their singular values where a rank is in doubt. A
-condition number says which members a rung has right, and the others go to the next.
+A ladder: for square networks one inverse of the end-to-end matrix, one of each two layers
+or one of each; for any other the smaller Gram matrices of its factors, applied and never
+multiplied out; then the dual factors themselves, by their singular values where a rank is
+in doubt. A condition number says which members a rung has right, and the others go to the next.
 """
 
 from __future__ import annotations
@@ -38,10 +38,17 @@ def layerwise(
         return _descend(xp, layers, factors, scale, with_excess, rungs)
     # With the excess it is a simulation, whose networks are soon as well conditioned as the target.
     tries = with_excess or _arrays.branches_freely(layers[0])
+
+    def without_one() -> Directions:
+        # In a trace another conditional would cost more than it saves.
+        pairs = not _arrays.is_lazy(layers[0]) and square.pair_inverses_serve(xp, layers)
+        first: list[Rung] = [square.by_pair_inverses] if pairs else []
+        return _in_pieces(xp, layers, factors, scale, with_excess, first + rungs[1:])
+
     found: Directions = _arrays.branch(
         square.one_inverse_serves(xp, layers) if tries else False,
         lambda: _in_pieces(xp, layers, factors, scale, with_excess, rungs),
-        lambda: _in_pieces(xp, layers, factors, scale, with_excess, rungs[1:]),
+        without_one,
     )
     return found
 

@@ -65,14 +65,16 @@ def natural_gradient(
     -----
     Eqs 24–26, 34, 35 and 42 of Bernacchia, Lengyel and Hennequin (2018), supplement.
     "layerwise" costs, for a square network whose end-to-end matrix is well conditioned, one
-    n × n inverse and 3L + 1 products; L inverses and 3L − 4 products where it is not; where all
+    n × n inverse and 3L + 1 products; where it is not, L/2 inverses and 4L − 4 products if each
+    two layers are, else L inverses and 3L − 4 products; where all
     hidden layers have one width r and the ends are wider, an inverse for each layer, two of r and
     products with W* that all members share; and for other shapes two products and a Gram matrix a
     factor. On eager arrays a scalar or
     three say which members need what; the way is chosen by what most of a stack needs, so
     that a member's last digits may depend on what is stacked with it. In a layer of a square
     network only what is singular to the layer's own rounding counts as singular. On NumPy
-    large stacks of matrices up to 64 × 64 are worked on in pieces by several threads: as
+    large stacks of matrices up to 64 × 64 are worked on in pieces by several threads (on torch's
+    CPU in pieces one after the other): as
     many as there are processors, or as OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or
     OMP_NUM_THREADS say, and one when called from a thread that is not the main one.
     "moore_penrose" beyond two layers and n_0 n_L = 64 iterates to convergence, and on

@@ -1,8 +1,9 @@
 """The layerwise rule for networks of square layers, where every factor is undone by an inverse.
 
 With W_i^a and W_i^b invertible, Eq 42 is d_i = (W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ / L whatever the
-moments are (Eq 34). There are two fast ways to it, by one inverse of W or by one of each
-layer, and conditions say which members have them right; the rest take singular values.
+moments are (Eq 34). There are three fast ways to it, by one inverse of W, by one of each
+two layers or by one of each layer, and conditions say which members have them right; the
+rest take singular values.
 """
 
 from __future__ import annotations
@@ -39,15 +40,32 @@ def one_inverse_serves(xp: Namespace, layers: tuple[Array, ...]) -> Array | bool
 
     A scalar, from a few of them. An attempt for all costs about half of the next way for all.
     """
-    batch = _arrays.broadcast_shapes(tuple(layer.shape[:-2]) for layer in layers)
-    members = math.prod(batch)
-    some = _some(batch, min(PROBED, -(-members // PROBED)))
     product = None
-    for layer in layers:
-        few = layer[(*some[len(batch) + 2 - layer.ndim :], ...)]
+    for few in _probe(layers):
         product = few if product is None else few @ product
-    serves = _one_inverse(xp, product)[1]
-    return 4 * xp.count_nonzero(serves) >= 3 * math.prod(serves.shape)
+    return _are_most(xp, _one_inverse(xp, product)[1])
+
+
+def pair_inverses_serve(xp: Namespace, layers: tuple[Array, ...]) -> Array | bool:
+    """Whether so many members can have their direction by inverses of pairs that they are worth a try."""
+    if len(layers) < 3:
+        return False
+    certified: Array | bool = True
+    for pair in _pairs(_probe(layers)):
+        if len(pair) == 2:
+            certified = certified & trusted(xp, linalg.inverse(xp, pair[1] @ pair[0])[1])
+    return _are_most(xp, certified)
+
+
+def _probe(layers: tuple[Array, ...]) -> tuple[Array, ...]:
+    """A few of the members."""
+    batch = _arrays.broadcast_shapes(tuple(layer.shape[:-2]) for layer in layers)
+    some = _some(batch, min(PROBED, -(-math.prod(batch) // PROBED)))
+    return tuple(layer[(*some[len(batch) + 2 - layer.ndim :], ...)] for layer in layers)
+
+
+def _are_most(xp: Namespace, flags: Array) -> Array:
+    return 4 * xp.count_nonzero(flags) >= 3 * math.prod(flags.shape)
 
 
 def _some(batch: Shape, count: int) -> tuple[slice, ...]:
@@ -89,6 +107,54 @@ def by_one_inverse(
         found.append(moved @ rest)
     roots = full_roots(xp, factors)
     return (*found, *excess), certified if roots is True else certified & roots
+
+
+def by_pair_inverses(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+) -> Found:
+    """W_i − W_i G⁻¹ T and W_{i+1} − T G⁻¹ W_{i+1} for each two layers, with G = W_{i+1} W_i.
+
+    T is what the pair alone would have to become, W* between the inverses of the other pairs.
+    L/2 inverses and 4L − 4 products, 2n³ flops each, for an even L; for an odd one the last
+    layer is on its own. Errors go with the conditions of the pairs.
+    """
+    groups = _pairs(layers)
+    certified: Array = full_roots(xp, factors)
+    products, inverses = [], []
+    for group in groups:
+        product = group[1] @ group[0] if len(group) == 2 else group[0]
+        inverse, condition = linalg.inverse(xp, product)
+        fits = trusted(xp, condition) if len(group) == 2 else condition * layer_rounding(xp, product) < 1.0
+        certified = certified & fits
+        products.append(product)
+        inverses.append(inverse)
+    ahead = [factors.optimum]
+    for inverse in inverses[:0:-1]:
+        ahead.append(inverse @ ahead[-1])
+    ahead.reverse()
+    found, behind = [], None
+    for j, group in enumerate(groups):
+        if j:
+            behind = inverses[0] if behind is None else behind @ inverses[j - 1]
+        target = ahead[j] if behind is None else ahead[j] @ behind
+        parts = [target]
+        if len(group) == 2:
+            parts = [group[0] @ (inverses[j] @ target), (target @ inverses[j]) @ group[1]]
+        for layer, part in zip(group, parts, strict=True):
+            direction = layer - part
+            direction *= scale
+            found.append(direction)
+    if with_excess:
+        product = products[0]
+        for pair in products[1:]:
+            product = pair @ product
+        found.append(_excess(xp, product - factors.optimum, factors))
+    return tuple(found), certified
+
+
+def _pairs(layers: tuple[Array, ...]) -> list[tuple[Array, ...]]:
+    """Layers by twos, and the last on its own if there is an odd number of them."""
+    return [layers[i : i + 2] for i in range(0, len(layers), 2)]
 
 
 def by_layer_inverses(
