@@ -194,13 +194,13 @@ def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
     Libraries raise, or loop, for a whole stack that holds one NaN, so such members are
     replaced before the factorisation.
     """
-    finite = _arrays.finite_members(xp, a)
 
     def alone(x: Array) -> tuple[Array, Array]:
         return xp.full_like(x[..., 0], xp.nan), xp.full_like(x, xp.nan)
 
-    if _arrays.eager_all(xp, finite):
+    if _arrays.plainly_finite(xp, a):
         return _arrays.by_halving(xp, xp.linalg.eigh, a, alone)
+    finite = _arrays.finite_members(xp, a)
     values, vectors = _arrays.by_halving(xp, xp.linalg.eigh, xp.where(finite, a, 0.0), alone)
     return xp.where(finite[..., 0], values, xp.nan), xp.where(finite, vectors, xp.nan)
 
@@ -245,13 +245,14 @@ def eigh_kept(xp: Namespace, a: Array, rtol: float | Array | None) -> tuple[Arra
     cutoff = rank_cutoff(xp, a, rtol)
     if not isinstance(cutoff, float):
         values = xp.where(cutoff >= 0.0, values, xp.nan)
-    magnitude = xp.abs(values)
-    return values, vectors, magnitude > cutoff * xp.max(magnitude, axis=-1, keepdims=True)
+    # In ascending order the largest magnitude is at one of the ends.
+    largest = xp.maximum(-values[..., :1], values[..., -1:])
+    return values, vectors, xp.abs(values) > cutoff * largest
 
 
 def reciprocal(xp: Namespace, x: Array, kept: Array) -> Array:
     """1/x where `kept`, 0 elsewhere, NaN where x is NaN; nothing is divided by zero."""
-    return xp.where(xp.isnan(x), xp.nan, xp.where(kept, 1.0 / xp.where(kept, x, 1.0), 0.0))
+    return 1.0 / xp.where(kept | xp.isnan(x), x, xp.inf)
 
 
 # ----------------------------------------------------------------------- pseudo-inverses
@@ -334,24 +335,26 @@ def _certified_inverse(xp: Namespace, a: Array, factor: Array, rtol: float | Arr
 
 
 def _none_certified(xp: Namespace, a: Array, rtol: float | Array | None) -> bool:
-    """Whether not one in sixteen members of a large eager stack has a certificate: then few will.
+    """Whether not one of a few members of a large eager stack can have a certificate: then few will.
 
-    Rounding gives some members of deficient rank a Cholesky factor, seldom all of them.
+    Rounding gives some members of deficient rank a Cholesky factor, but with a small pivot:
+    the condition number is at least the ratio of two pivots, the squares on a factor's diagonal.
     """
     if a.ndim < 3 or a.shape[-3] < 64 or _arrays.is_lazy(a):
         return False
-    _, unit, factor = _unit_factor(xp, a[..., ::16, :, :])
-    if _arrays.eager_all(xp, _factored(xp, factor)):
-        return False
-    certified = _certified_inverse(xp, unit, factor, rtol if isinstance(rtol, float) else None)[1]
-    return _arrays.eager_any(xp, certified) is False
+    few = a[..., :: max(16, a.shape[-3] // 8), :, :]
+    root = xp.linalg.diagonal(_arrays.cholesky(xp, _arrays.plus_transpose(few)))
+    least = rank_cutoff(xp, a, rtol if isinstance(rtol, float) else None) ** 0.5 * xp.max(root, axis=-1)
+    return _arrays.eager_any(xp, xp.min(root, axis=-1) > least) is False
 
 
 def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
     def of(part: Array, *cutoffs: Array) -> tuple[Array]:
         own = rtol if rtol is None or isinstance(rtol, float) else cutoffs[0][..., 0, 0]
-        values, vectors, kept = eigh_kept(xp, symmetric_part(part), own)
-        return (symmetric_part((vectors * reciprocal(xp, values, kept)[..., None, :]) @ vectors.mT),)
+        # Of the sum with the transpose, that is of 2a: half the inverse, and the sum of two halves is whole.
+        values, vectors, kept = eigh_kept(xp, _arrays.plus_transpose(part), own)
+        half = _arrays.spectral_product(xp, vectors, reciprocal(xp, values, kept))
+        return (_arrays.plus_transpose(half),)
 
     own = () if rtol is None or isinstance(rtol, float) else (rtol[..., None, None],)
     n = int(a.shape[-1])

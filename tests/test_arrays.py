@@ -239,6 +239,17 @@ def test_finite_members(backend: Backend) -> None:
     np.testing.assert_array_equal(backend.to_numpy(masked), np.where(bad, np.nan, 1.0) * np.ones((2, 2)))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, None])
+def test_plainly_finite(backend: Backend, bad: float | None) -> None:
+    """Infs of both signs do not cancel; large numbers may pass for an Inf, but not the other way."""
+    x = np.ones((2, 3, 3))
+    if bad is not None:
+        x[0, 1, 2], x[1, 0, 0] = bad, -bad
+    (a,) = backend.asarrays(x)
+    assert _arrays.plainly_finite(backend.xp, a) == (bad is None and not _arrays.is_lazy(a))
+    assert not _arrays.plainly_finite(backend.xp, a * 3e307 if backend.float64 else a * 3e37)
+
+
 # ------------------------------------------------------------------ outside the standard
 
 

@@ -261,7 +261,7 @@ def test_cholesky_sees_through_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_sample_without_factors_sends_the_whole_stack_to_eigenvalues(
     deficient: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One factorisation of a sixteenth, and what every member would get alone, also where the sample misleads."""
+    """One factorisation of a few members, and what every member would get alone, also where the sample misleads."""
     matrix = positive_definite((80,), 5)
     matrix[::deficient, 0] = matrix[::deficient, :, 0] = 0.0
     sizes = []
@@ -1155,7 +1155,7 @@ def test_svd_that_does_not_converge_either_way_is_nan_in_its_member(monkeypatch:
 
 def test_eigh_that_does_not_converge_is_nan_in_its_member(monkeypatch: pytest.MonkeyPatch) -> None:
     x = positive_definite((6,), 4)
-    _raise_for(monkeypatch, "eigh", x[1])
+    _raise_for(monkeypatch, "eigh", x[1] + x[1].T)  # what is decomposed
     bad = np.arange(6) == 1
     np.testing.assert_array_equal(np.isnan(ng.pinvh(x, method="eigh")).all(axis=(1, 2)), bad)
     np.testing.assert_allclose(ng.pinvh(x, method="eigh")[~bad], np.linalg.inv(x)[~bad], rtol=1e-9)
@@ -1176,6 +1176,23 @@ def test_inverse_of_factored_is_the_standard_one(backend: Backend, dtype: str, n
         np.testing.assert_allclose(backend.to_numpy(fast), standard, rtol=0, atol=tolerance * np.abs(standard).max())
     exact = np.linalg.inv(lower.astype(np.float64) @ np.swapaxes(lower, -1, -2).astype(np.float64))
     np.testing.assert_allclose(standard, exact, rtol=0, atol=tolerance * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("ranks", [(9, 9, 9), (3, 17, 12), (0, 0, 0), (0, 5, None)])
+def test_columns_left_out_of_a_spectral_product_count_for_nothing(
+    backend: Backend, dtype: str, ranks: tuple[int | None, ...]
+) -> None:
+    """Members of any rank beside each other, indefinite ones too, and one of NaN."""
+    n = 17
+    vectors = np.stack([orthogonal(np.random.default_rng(seed), n) for seed in range(3)])
+    values = np.stack([np.arange(n) >= n - (n if rank is None else rank) for rank in ranks]) * np.linspace(-1.0, 2.0, n)
+    values[[rank is None for rank in ranks]] = np.nan
+    expected = np.einsum("...ik,...k,...jk->...ij", vectors, values, vectors)
+    u, x = backend.asarrays(vectors.astype(dtype), values.astype(dtype))
+    found = backend.call(lambda u, x: _arrays.spectral_product(backend.xp, u, x), u, x)
+    backend.check(found, u)
+    found = backend.to_numpy(found)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=100 * epsilon(found))
 
 
 @pytest.mark.parametrize("backend", [each for each in BACKENDS if each.float64], indirect=True, ids=str)

@@ -62,6 +62,7 @@ from natgrad_array._arrays.libraries import (
     namespace,
     nan_unless_finite,
     numbers,
+    plainly_finite,
     quiet,
     register_pytree,
     to_numpy,
@@ -99,6 +100,7 @@ from natgrad_array._arrays.routines import (
     norms,
     plus_transpose,
     reduce_blocks,
+    spectral_product,
     sum_rows,
 )
 
@@ -175,6 +177,7 @@ __all__ = [
     "norms",
     "numbers",
     "pays_in_pieces",
+    "plainly_finite",
     "plus_transpose",
     "promote",
     "quiet",
@@ -182,6 +185,7 @@ __all__ = [
     "register_pytree",
     "repair",
     "repeat",
+    "spectral_product",
     "split_rng",
     "standard_normal",
     "sum_rows",

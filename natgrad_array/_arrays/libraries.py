@@ -161,6 +161,12 @@ def eager_all(xp: Namespace, flags: Array) -> bool | None:
     return bool(xp.all(flags))
 
 
+@quiet
+def plainly_finite(xp: Namespace, array: Array) -> bool:
+    """Whether one sum shows that an eager array has no NaN or Inf: finite numbers may add up to too much."""
+    return not is_lazy(array) and bool(xp.isfinite(xp.sum(array)))
+
+
 def can_branch(array: Array) -> bool:
     """Whether `branch` and `repair` work: on eager arrays and JAX tracers, not on Dask."""
     return is_jax(array) or not is_lazy(array)
