@@ -321,6 +321,29 @@ def test_gaussian_networks_in_float32_keep_their_digits() -> None:
     assert np.mean(np.asarray(off) > 1e-2) <= 1 / 64
 
 
+@np.errstate(invalid="ignore")  # as behind every door
+def test_inverses_of_pairs_are_certified_by_the_condition_of_the_pairs() -> None:
+    """Each member has one layer of condition 1 / least: six digits or more are kept, or the next rung has it."""
+    least, sizes = np.asarray([1.0, 1e-5, 1e-8, 0.0]), (6,) * 6
+    weights, given = list(network(sizes, batch=4)), moments(6, 6)
+    for number in (0, 3, 4):
+        u, s, vh = np.linalg.svd(weights[number])
+        s[:, -1] = least * s[:, -1]
+        changed = list(weights)
+        changed[number] = (u * s[:, None, :]) @ vh
+        task = ng.GaussianTask(*given)
+        _, pairs = square.by_pair_inverses(xp, tuple(changed), task.factors, 0.2, False)
+        found, layers = square.by_layer_inverses(xp, tuple(changed), task.factors, 0.2, False)
+        # The last of five layers is on its own, and known exactly.
+        assert pairs.tolist() == [True, True, number == 4, False]
+        assert layers.tolist() == [True, True, True, False]
+        good = tuple(w[:2] for w in changed)
+        assert_members([d[:2] for d in found], good, given, 1e-8)
+        assert_members(
+            [d[:2] for d in square.by_pair_inverses(xp, good, task.factors, 0.2, False)[0]], good, given, 1e-8
+        )
+
+
 def test_a_probe_chooses_the_way_of_a_square_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gaussian products are too ill conditioned for one inverse, and in float32 for those of pairs."""
     taken: list[str] = []

@@ -118,16 +118,36 @@ def by_pair_inverses(
     L/2 inverses and 4L − 4 products, 2n³ flops each, for an even L; for an odd one the last
     layer is on its own. Errors go with the conditions of the pairs.
     """
-    groups = _pairs(layers)
+    return _by_inverses(xp, _pairs(layers), factors, scale, with_excess)
+
+
+def by_layer_inverses(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+) -> Found:
+    """(W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ = W_i − (W_{i+1}⁻¹ ⋯ W_L⁻¹) W* (W_1⁻¹ ⋯ W_{i-1}⁻¹).
+
+    L inverses and 3L − 4 products, 2n³ flops each. Errors go with the conditions of the
+    layers, in place of that of their product.
+    """
+    return _by_inverses(xp, [(layer,) for layer in layers], factors, scale, with_excess)
+
+
+def _pairs(layers: tuple[Array, ...]) -> list[tuple[Array, ...]]:
+    """Layers by twos, and the last on its own if there is an odd number of them."""
+    return [layers[i : i + 2] for i in range(0, len(layers), 2)]
+
+
+def _by_inverses(
+    xp: Namespace, groups: list[tuple[Array, ...]], factors: TaskFactors, scale: float, with_excess: bool
+) -> Found:
+    """An inverse for each group, of one layer or two."""
     certified: Array = full_roots(xp, factors)
-    products, inverses = [], []
-    for group in groups:
-        product = group[1] @ group[0] if len(group) == 2 else group[0]
-        inverse, condition = linalg.inverse(xp, product)
-        fits = trusted(xp, condition) if len(group) == 2 else condition * layer_rounding(xp, product) < 1.0
-        certified = certified & fits
-        products.append(product)
+    products = tuple(group[0] if len(group) == 1 else group[1] @ group[0] for group in groups)
+    inverses = []
+    for group, (inverse, condition) in zip(groups, linalg.inverses(xp, products), strict=True):
         inverses.append(inverse)
+        fits = condition * layer_rounding(xp, inverse) < 1.0 if len(group) == 1 else trusted(xp, condition)
+        certified = certified & fits
     ahead = [factors.optimum]
     for inverse in inverses[:0:-1]:
         ahead.append(inverse @ ahead[-1])
@@ -146,45 +166,8 @@ def by_pair_inverses(
             found.append(direction)
     if with_excess:
         product = products[0]
-        for pair in products[1:]:
-            product = pair @ product
-        found.append(_excess(xp, product - factors.optimum, factors))
-    return tuple(found), certified
-
-
-def _pairs(layers: tuple[Array, ...]) -> list[tuple[Array, ...]]:
-    """Layers by twos, and the last on its own if there is an odd number of them."""
-    return [layers[i : i + 2] for i in range(0, len(layers), 2)]
-
-
-def by_layer_inverses(
-    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
-) -> Found:
-    """(W_i^a)⁻¹ (W − W*) (W_i^b)⁻¹ = W_i − (W_{i+1}⁻¹ ⋯ W_L⁻¹) W* (W_1⁻¹ ⋯ W_{i-1}⁻¹).
-
-    L inverses and 3L − 4 products, 2n³ flops each. Errors go with the conditions of the
-    layers, in place of that of their product.
-    """
-    certified: Array = full_roots(xp, factors)
-    inverses = []
-    for layer, (inverse, condition) in zip(layers, linalg.inverses(xp, layers), strict=True):
-        inverses.append(inverse)
-        certified = certified & (condition * layer_rounding(xp, layer) < 1.0)
-    ahead = [factors.optimum]
-    for inverse in inverses[:0:-1]:
-        ahead.append(inverse @ ahead[-1])
-    ahead.reverse()
-    found, behind = [], None
-    for i, layer in enumerate(layers):
-        if i:
-            behind = inverses[0] if behind is None else behind @ inverses[i - 1]
-        direction = layer - (ahead[i] if behind is None else ahead[i] @ behind)
-        direction *= scale
-        found.append(direction)
-    if with_excess:
-        product = layers[0]
-        for layer in layers[1:]:
-            product = layer @ product
+        for factor in products[1:]:
+            product = factor @ product
         found.append(_excess(xp, product - factors.optimum, factors))
     return tuple(found), certified
 
