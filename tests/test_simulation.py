@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import BACKENDS, Backend
+from backends import BACKENDS, NUMPY, Backend
 from cases import orthogonal
 
 import natgrad_array as ng
 from natgrad_array import _arrays
 from natgrad_array import deep_linear as dl
+from natgrad_array.simulation import run
 
+JAX = next(backend for backend in BACKENDS if backend.name == "jax")
 EAGER = [backend for backend in BACKENDS if not backend.jit]
 RULES = ("layerwise", "exact", "moore_penrose", "block_diagonal", "gradient")
 TARGET = np.asarray([3.0, 2.0, 0.7])
@@ -346,21 +348,53 @@ def test_a_member_that_diverges_hurts_only_itself(library: Backend, rule: str, n
     np.testing.assert_allclose(loss[:, [0, 2]], library.to_numpy(alone.loss), rtol=tolerance)
 
 
-def test_frozen_weights_are_the_last_finite_ones() -> None:
-    """With a record every third step, those of the last record before."""
-    weights, task = random_network((3, 4, 3), (2,)), random_task(3, 3)
-    rates, options = np.asarray([0.05, 1e20]), {"rule": "gradient", "record": ("loss",)}
-    for every in (1, 3):
-        history = ng.simulate(weights, task, learning_rate=rates, steps=30, record_every=every, **options)
-        at = int(history.diverged_at[1])
-        assert at % every == 0
-        if at > every:
-            before = ng.simulate(weights, task, learning_rate=rates, steps=at - every, **options)
-            for found, wanted in zip(history.weights, before.weights, strict=True):
-                np.testing.assert_array_equal(found[1], wanted[1])
-        else:
-            for found, wanted in zip(history.weights, weights, strict=True):
-                np.testing.assert_array_equal(found[1], wanted[1])
+@pytest.mark.parametrize("chosen", [NUMPY, JAX], ids=str)
+@pytest.mark.parametrize("every", [1, 3])
+def test_frozen_weights_are_the_last_finite_ones(chosen: Backend, every: int) -> None:
+    """Those of the last record before, whose loss is that record; members diverge at different records."""
+    weights, task = random_network((3, 4, 3), (5,)), random_task(3, 3)
+    given = ng.GaussianTask(*chosen.asarrays(*task._flatten()[0][:4]))
+    rates = np.asarray([0.05, 1e20, 0.5, 0.6, 0.7])
+    options: dict[str, Any] = {"rule": "gradient", "steps": 30, "record_every": every}
+    layers = chosen.asarrays(*weights)
+    history = ng.simulate(layers, given, learning_rate=chosen.asarray(rates), **options)
+    at = chosen.to_numpy(history.diverged_at)
+    assert at[0] == -1
+    assert len(set(at)) >= 3
+    found = tuple(chosen.to_numpy(w) for w in history.weights)
+    last = ng.deep_linear.loss(found, task)
+    for k in range(1, 5):
+        assert at[k] > 0
+        assert at[k] % every == 0
+        records = chosen.to_numpy(history.loss)[:, k]
+        assert np.all(np.isnan(records[at[k] // every :]))
+        assert np.all(np.isfinite(records[: at[k] // every]))
+        np.testing.assert_allclose(last[k], records[at[k] // every - 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("record", [("loss",), ("modes",)], ids=str)
+def test_compiled_loops_give_the_same_digits_however_long(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock says how many records a loop makes, and a run that went on from a checkpoint has other loops."""
+    weights, task = random_network((3, 4, 3), (5,)), random_task(3, 3)
+    given = ng.GaussianTask(*JAX.asarrays(*task._flatten()[0][:4]))
+    rates = JAX.asarray(np.asarray([0.05, 1e20, 0.5, 0.6, 0.7]))
+    found, states, real = [], [], run.advance
+
+    def spy(*arguments: Any) -> Any:
+        states.append(result := real(*arguments))
+        return result
+
+    monkeypatch.setattr(run, "advance", spy)
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(run, "BLOCK_SECONDS", seconds)
+        history = ng.simulate(
+            JAX.asarrays(*weights), given, learning_rate=rates, rule="gradient", steps=30, record=record
+        )
+        found.append([*history.weights, getattr(history, record[0]), history.diverged_at])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(JAX.to_numpy(one), JAX.to_numpy(other))
+    # What diverged does no harm: nothing in motion has to be done by a slower way for it.
+    assert all(np.all(np.isfinite(JAX.to_numpy(w))) for w in states[-1][0].weights)
 
 
 def test_a_bad_task_is_one_member(library: Backend) -> None:

@@ -63,30 +63,32 @@ def repeat(body: Callable[[Any, Any], Any], state: Any, count: Any) -> Any:
 
 
 def collect(
-    xp: Namespace, body: Callable[[Any, Any], tuple[Any, tuple[Array, ...]]], state: Any, lengths: Any, count: Any
-) -> tuple[Any, tuple[Array, ...]]:
-    """`state` after ``state, seen = body(state, length)`` for each length, and all that was seen, stacked.
+    xp: Namespace,
+    body: Callable[[Any, Any, Array], tuple[Any, tuple[Array, ...]]],
+    state: Any,
+    lengths: Array,
+    count: Array,
+    goes_on: Callable[[Any], Array],
+) -> tuple[Any, tuple[Array, ...], Array]:
+    """In a JAX trace: `state` after ``state, seen = body(i, state, length)``, all that was seen, and the rounds.
 
-    In a JAX trace one compiled loop over the first `count` lengths: what lies behind them in
-    the stacks is zero, so that one compiled function serves every count up to their number.
+    One compiled loop over the first `count` lengths, which ends sooner after a round that leaves
+    a state from which it does not go on. What lies behind the rounds in the stacks of what was
+    seen is zero, so that one compiled function serves every count up to the number of lengths.
     """
-    if isinstance(count, int):
-        rows = []
-        for length in lengths[:count]:
-            state, seen = body(state, length)
-            rows.append(seen)
-        return state, tuple(xp.stack(column) for column in zip(*rows, strict=True))
     jax = sys.modules["jax"]
-    shapes = jax.eval_shape(body, state, lengths[0])[1]
+    shapes = jax.eval_shape(body, count, state, lengths[0])[1]
     stacks = tuple(xp.zeros((lengths.shape[0], *shape.shape), dtype=shape.dtype) for shape in shapes)
 
-    def round_(i: Any, carry: Any) -> Any:
-        state, stacks = carry
-        state, seen = body(state, lengths[i])
-        return state, tuple(stack.at[i].set(row) for stack, row in zip(stacks, seen, strict=True))
+    def round_(carry: Any) -> Any:
+        i, state, stacks = carry
+        state, seen = body(i, state, lengths[i])
+        return i + 1, state, tuple(stack.at[i].set(row) for stack, row in zip(stacks, seen, strict=True))
 
-    result: tuple[Any, tuple[Array, ...]] = jax.lax.fori_loop(0, count, round_, (state, stacks))
-    return result
+    rounds, state, stacks = jax.lax.while_loop(
+        lambda carry: (carry[0] < count) & goes_on(carry[1]), round_, (xp.zeros_like(count), state, stacks)
+    )
+    return state, stacks, rounds
 
 
 def compiled(function: Callable[..., Any], static: Any, like: Array, *arguments: Any) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from natgrad_array import _arrays
-from natgrad_array._arrays import Array
-from natgrad_array.simulation.state import State, System
+from natgrad_array._arrays import Array, Namespace
+from natgrad_array.simulation.state import State, System, last_weights
 
 Seen = tuple[Array, ...]
 
@@ -36,19 +36,14 @@ def advance(
     tuple of arrays, shapes (intervals, members, ...)
         The records.
     """
-    like, count = state.rate, len(lengths)
-    if _arrays.is_jax(like):
-        xp = _arrays.namespace(like)
-        padded = xp.asarray(np.pad(np.asarray(lengths, np.int32), (0, capacity - count)))
-        arguments = (data, state, _scalar(xp, number), padded, _scalar(xp, count))
-        state, seen = _arrays.compiled(_advance, system, like, *arguments)
-        return state, tuple(stack[:count, ...] for stack in seen)
+    if _arrays.is_jax(state.rate):
+        return _advance_compiled(system, data, state, number, lengths, capacity)
     pieces = _cut(system, state)
     if not pieces:
-        return _advance(system, data, state, number, lengths, count)
+        return _advance(system, data, state, number, lengths)
 
     def work(piece: slice) -> tuple[State, Seen]:
-        return _advance(system, data.part(piece), state.part(piece), number, lengths, count)
+        return _advance(system, data.part(piece), state.part(piece), number, lengths)
 
     parts = _arrays.in_threads(work, pieces, _arrays.usable_threads())
     states, records = zip(*parts, strict=True)
@@ -65,20 +60,80 @@ def look(system: System, data: Any, state: State, number: int) -> tuple[State, S
     return found
 
 
-def _advance(system: System, data: Any, state: State, number: Any, lengths: Any, count: Any) -> tuple[State, Seen]:
-    xp = _arrays.namespace(state.rate)
-
-    def body(carry: tuple[State, Any], length: Any) -> tuple[tuple[State, Any], Seen]:
-        state, number = carry
+def _advance(system: System, data: Any, state: State, number: int, lengths: tuple[int, ...]) -> tuple[State, Seen]:
+    xp, rows = _arrays.namespace(state.rate), []
+    for length in lengths:
         state, seen = system.interval(xp, data, state, number, length)
-        return (state, number + length), seen
-
-    (state, _), records = _arrays.collect(xp, body, (state, number), lengths, count)
-    return state, records
+        number += length
+        rows.append(seen)
+    return state, tuple(xp.stack(column) for column in zip(*rows, strict=True))
 
 
 def _look(system: System, data: Any, state: State, number: Any) -> tuple[State, Seen]:
     return system.look(_arrays.namespace(state.rate), data, state, number)
+
+
+# ------------------------------------------------------------------------ JAX: compiled loops
+
+
+def _advance_compiled(
+    system: System, data: Any, state: State, number: int, lengths: tuple[int, ...], capacity: int
+) -> tuple[State, Seen]:
+    """`advance` by loops that keep nothing from round to round, as if no member ever diverged.
+
+    A loop ends where one does. The rounds before are then made again, which gives the same
+    digits; the member is put to rest, and the next loop goes on from there.
+    """
+    xp = _arrays.namespace(state.rate)
+
+    def loop(state: State, done: int, count: int) -> tuple[State, Seen, int]:
+        left = lengths[done:]
+        padded = xp.asarray(np.pad(np.asarray(left, np.int32), (0, capacity - len(left))))
+        start = _scalar(xp, number + sum(lengths[:done]))
+        arguments = (data, state, start, padded, _scalar(xp, count))
+        after, seen, well = _arrays.compiled(_loop, system, state.rate, *arguments)
+        return after, tuple(stack[:count, ...] for stack in seen), int(well)
+
+    done, records = 0, []
+    while True:
+        after, seen, well = loop(state, done, len(lengths) - done)
+        if done + well == len(lengths):
+            records.append(seen)
+            return after, tuple(_joined_rows(xp, column) for column in zip(*records, strict=True))
+        marks = after.diverged_at
+        # What is of no more use makes room.
+        del after, seen
+        if well:
+            state, seen, _ = loop(state, done, well)
+            records.append(seen)
+        state, done = state._replace(diverged_at=marks), done + well
+
+
+def _loop(
+    system: System, data: Any, state: State, number: Any, lengths: Array, count: Array
+) -> tuple[State, Seen, Any]:
+    """The state after some rounds or the first one in which a member diverges, records, and rounds that went well."""
+    xp = _arrays.namespace(state.rate)
+    state = system.rest(xp, state)
+    known, kept = state.diverged_at, state.kept
+
+    def body(i: Array, carry: tuple[State, Array], length: Array) -> tuple[tuple[State, Array], Seen]:
+        state, number = carry
+        # Who diverges by the steps of the last round is found by the next loop, which needs what was before.
+        last = _arrays.branch(i == count - 1, lambda: last_weights(xp, state._replace(kept=kept)), lambda: state.kept)
+        state, seen = system.interval(xp, data, state._replace(kept=last), number, length)
+        return (state, number + length), seen
+
+    def all_known(carry: tuple[State, Array]) -> Array:
+        return xp.all(carry[0].diverged_at == known)
+
+    carry = (state._replace(kept=tuple(xp.zeros_like(w) for w in kept)), number)
+    carry, records, rounds = _arrays.collect(xp, body, carry, lengths, count, all_known)
+    return carry[0], records, rounds - ~all_known(carry)
+
+
+def _joined_rows(xp: Namespace, stacks: tuple[Array, ...]) -> Array:
+    return stacks[0] if len(stacks) == 1 else xp.concat(stacks)
 
 
 def _scalar(xp: Any, value: int) -> Any:

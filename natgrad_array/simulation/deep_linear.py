@@ -13,7 +13,7 @@ from natgrad_array.deep_linear.products import Weights, check_tangent
 from natgrad_array.deep_linear.slopes import slope
 from natgrad_array.deep_linear.task import GaussianTask
 from natgrad_array.simulation.observables import OBSERVABLES, Modes, View
-from natgrad_array.simulation.state import State, masked, settle
+from natgrad_array.simulation.state import State, masked, rest, settle
 
 Rule = str | Callable[[Weights, GaussianTask], Weights]
 Layers = tuple[Array, ...]
@@ -91,7 +91,7 @@ class DeepLinear:
             assert isinstance(self.rule, str)
             found = slope(xp, state.weights, data.task, self.rule, with_excess=True)
             excess = found[-1][:, 0, 0]
-            state, mask, direction = settle(xp, state, excess, data.tolerance, number, found[:-1])
+            state, mask, direction = settle(xp, self, state, excess, data.tolerance, number, found[:-1])
             seen = {"excess_loss": excess, "loss": excess + data.task.factors.minimum_loss}
             weights = self.step(xp, data, state.rate, state.weights, number, direction)
             if not self.dense:
@@ -103,7 +103,7 @@ class DeepLinear:
     def look(self, xp: Namespace, data: Data, state: State, number: Any) -> tuple[State, Layers]:
         """Record without going on."""
         view = View(xp, state.weights, data.task, data.modes, lambda: self.direction(xp, data.task, state.weights))
-        settled, mask, _ = settle(xp, state, view.excess_loss, data.tolerance, number)
+        settled, mask, _ = settle(xp, self, state, view.excess_loss, data.tolerance, number)
         found = tuple(
             OBSERVABLES[name](view) if function is None else function(state.weights, data.task)
             for name, function in self.records
@@ -111,6 +111,10 @@ class DeepLinear:
         dtype = state.rate.dtype
         found = tuple(value if value.dtype == dtype else xp.astype(value, dtype) for value in found)
         return settled, tuple(masked(xp, mask, value) for value in found)
+
+    def rest(self, xp: Namespace, state: State) -> State:
+        """Members that have diverged do no harm and do not move."""
+        return rest(xp, state)
 
     def finals(self, data: Data, state: State) -> dict[str, Array]:
         """The learning rates."""

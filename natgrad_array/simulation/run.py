@@ -18,7 +18,7 @@ from natgrad_array.simulation.schedule import intervals
 from natgrad_array.simulation.sinks import Host, Sink
 from natgrad_array.simulation.state import Load, State, System, last_weights, leaves, rebuilt
 
-BLOCK_SECONDS = 0.25
+BLOCK_SECONDS = 0.5
 """About so long nobody looks at a clock."""
 
 
@@ -169,10 +169,8 @@ class Walk:
             self.consistent = True
             self.bar.advance(piece.members * sum(block), dict(zip(job.system.names, seen, strict=True)))
             took = time.monotonic() - began
-            if took < 0.5 * BLOCK_SECONDS:
-                count = min(2 * count, job.plan.records)
-            elif took > 2.0 * BLOCK_SECONDS:
-                count = max(1, count // 2)
+            factor = min(max(BLOCK_SECONDS / max(took, 1e-3), 0.25), 16.0)
+            count = min(max(int(factor * len(block)), 1), job.plan.records)
             if self.ledger.due():
                 self.save()
         state, seen = look(job.system, self.data, self.state, job.recorded[-1])

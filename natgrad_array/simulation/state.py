@@ -18,7 +18,8 @@ class State(NamedTuple):
     weights: tuple[Array, ...]
     """(members, n_i, n_{i-1}); a diverged member is an identity, which costs no more than any other."""
     kept: tuple[Array, ...]
-    """Weights at the last record; those of a diverged member are its last finite ones."""
+    """Weights at the last record, in a compiled loop known after its last round; those of a diverged
+    member are its last finite ones."""
     rate: Array
     """(members, 1, 1): the learning rate, zero for members at rest."""
     diverged_at: Array
@@ -49,6 +50,9 @@ class System(Protocol):
 
     def look(self, xp: Namespace, data: Any, state: State, number: Any) -> tuple[State, Any]:
         """Record without going on."""
+
+    def rest(self, xp: Namespace, state: State) -> State:
+        """Members that have diverged do no harm and do not move."""
 
     def finals(self, data: Any, state: State) -> dict[str, Array]:
         """What is left at the end beside the weights, by name."""
@@ -91,6 +95,7 @@ def rebuilt(like: Any, arrays: Iterator[Array]) -> Any:
 
 def settle(
     xp: Namespace,
+    system: System,
     state: State,
     excess: Array,
     tolerance: Array | None,
@@ -101,34 +106,20 @@ def settle(
 
     Returns the state; the mask of members that have not diverged, None where that is known to
     be all; and the direction they are about to take, zero for those that do not move any more.
-    On eager arrays one scalar comes to the host and saves the work where all is well.
+    On eager arrays one scalar comes to the host and saves the work where all is well. In a JAX
+    trace members that diverge are marked and nothing else, and the loop ends there.
     """
     good = (state.diverged_at == RUNNING) & xp.isfinite(excess)
     trouble = _arrays.eager_any(xp, ~good)
-
-    def all_well() -> tuple[State, tuple[Array, ...]]:
-        return state._replace(kept=state.weights), direction
-
-    def some_not() -> tuple[State, tuple[Array, ...]]:
-        keep, newly = good[:, None, None], ((state.diverged_at == RUNNING) & ~good)[:, None, None]
-        # In a compiled loop all are well at most steps, and a copy moves less memory than a choice.
-        kept = _arrays.branch(
-            xp.all(good) if trouble is None else False,
-            lambda: state.weights,
-            lambda: tuple(xp.where(keep, w, k) for w, k in zip(state.weights, state.kept, strict=True)),
-        )
-        # Weights in motion are those that were kept: read from there, they are free to be written to.
-        frozen = State(
-            tuple(xp.where(keep, k, idle(xp, k)) for k in kept),
-            kept,
-            xp.where(newly, 0.0, state.rate),
-            xp.where(newly[:, 0, 0], _number(xp, number, good), state.diverged_at),
-            state.converged_at,
-            state.memory,
-        )
-        return frozen, tuple(xp.where(keep, d, 0.0) for d in direction)
-
-    state, direction = all_well() if trouble is False else some_not()
+    if trouble is False:
+        state = state._replace(kept=state.weights)
+    else:
+        newly, keep = (state.diverged_at == RUNNING) & ~good, good[:, None, None]
+        state = state._replace(diverged_at=xp.where(newly, _number(xp, number, good), state.diverged_at))
+        direction = tuple(xp.where(keep, d, 0.0) for d in direction)
+    if trouble:
+        kept = tuple(xp.where(keep, w, k) for w, k in zip(state.weights, state.kept, strict=True))
+        state = system.rest(xp, state._replace(kept=kept))
     if tolerance is not None:
         calm = good & (state.converged_at == RUNNING) & (excess <= tolerance)
         state = state._replace(
@@ -136,6 +127,13 @@ def settle(
             converged_at=xp.where(calm, _number(xp, number, calm), state.converged_at),
         )
     return state, None if trouble is False else good, direction
+
+
+def rest(xp: Namespace, state: State) -> State:
+    """Members that have diverged do no harm and do not move."""
+    alive = (state.diverged_at == RUNNING)[:, None, None]
+    weights = tuple(xp.where(alive, w, idle(xp, w)) for w in state.weights)
+    return state._replace(weights=weights, rate=xp.where(alive, state.rate, 0.0))
 
 
 def idle(xp: Namespace, layer: Array) -> Array:

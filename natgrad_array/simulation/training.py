@@ -13,7 +13,7 @@ from natgrad_array.optimizers import stepping
 from natgrad_array.optimizers.optimizer import Optimizer
 from natgrad_array.optimizers.stepping import OptimizerState
 from natgrad_array.simulation.ensemble import Members, Piece, rows
-from natgrad_array.simulation.state import State, idle, masked, settle, start
+from natgrad_array.simulation.state import RUNNING, State, idle, masked, rest, settle, start
 
 Layers = tuple[Array, ...]
 Batch = tuple[Array, Array]
@@ -100,7 +100,7 @@ class Training:
 
     def _observe(self, xp: Namespace, data: Data, state: State, number: Any, loss: Array) -> tuple[State, Layers, bool]:
         """Put those to rest that have diverged or converged, and record; the last says if all are known to move."""
-        settled, mask, _ = settle(xp, state, loss, data.tolerance, number)
+        settled, mask, _ = settle(xp, self, state, loss, data.tolerance, number)
         seen = []
         for name, function in self.records:
             if function is not None:
@@ -113,15 +113,14 @@ class Training:
                 value = self.net.loss(state.weights, *(data.samples if name == "training_loss" else data.held_out))
             value = value if value.dtype == loss.dtype else xp.astype(value, loss.dtype)
             seen.append(masked(xp, mask, value))
-        if mask is not None:
-            # The memory of those that have diverged is as harmless as their parameters.
-            newly = (state.rate != 0.0) & ~mask[:, None, None]
-            fresh = stepping.start(self.optimizer, tuple(idle(xp, w) + xp.zeros_like(w) for w in settled.weights))
-            memory = _where(xp, newly[:, 0, 0], fresh, state.memory.optimizer)
-            # Steps are counted for all together.
-            memory = memory._replace(count=state.memory.optimizer.count)
-            settled = settled._replace(memory=state.memory._replace(optimizer=memory))
         return settled, tuple(seen), mask is None and data.tolerance is None
+
+    def rest(self, xp: Namespace, state: State) -> State:
+        """Members that have diverged do no harm and do not move; nor does their memory."""
+        state, memory = rest(xp, state), state.memory.optimizer
+        fresh = stepping.start(self.optimizer, tuple(idle(xp, w) + xp.zeros_like(w) for w in state.weights))
+        optimizer = _where(xp, state.diverged_at == RUNNING, memory, fresh)
+        return state._replace(memory=state.memory._replace(optimizer=optimizer))
 
     # ---------------------------------------------------------------------------- moving
 
