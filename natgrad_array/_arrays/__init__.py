@@ -33,9 +33,9 @@ from natgrad_array._arrays.control import (
     branch,
     branches_freely,
     calls_may_meet,
-    collect,
     compiled,
     repeat,
+    stacks_for,
     while_loop,
 )
 from natgrad_array._arrays.libraries import (
@@ -139,7 +139,6 @@ __all__ = [
     "check_setting",
     "check_within",
     "cholesky",
-    "collect",
     "compiled",
     "counted_key",
     "counted_normal",
@@ -187,6 +186,7 @@ __all__ = [
     "repeat",
     "spectral_product",
     "split_rng",
+    "stacks_for",
     "standard_normal",
     "sum_rows",
     "to_numpy",

@@ -6,9 +6,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from natgrad_array._arrays.libraries import Array, Namespace, is_jax, is_lazy
+
+T = TypeVar("T", bound=tuple[Any, ...])
 
 
 def branch(flag: Array | bool, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
@@ -37,16 +39,14 @@ def calls_may_meet(array: Array, count: int) -> bool:
     return is_jax(array) and 2 * count > int(os.environ.get("NPROC", "") or os.cpu_count() or 1)
 
 
-def while_loop(
-    condition: Callable[[Any], Array], body: Callable[[Any], Any], state: tuple[Any, ...]
-) -> tuple[Any, ...]:
+def while_loop(condition: Callable[[T], Array], body: Callable[[T], T], state: T) -> T:
     """Repeat `body` on a tuple of arrays while `condition` holds.
 
     Traced JAX arrays become one compiled loop; on other arrays the condition costs one
     scalar brought to the host per round.
     """
     if any(is_jax(leaf) and is_lazy(leaf) for leaf in state):
-        result: tuple[Any, ...] = sys.modules["jax"].lax.while_loop(condition, body, state)
+        result: T = sys.modules["jax"].lax.while_loop(condition, body, state)
         return result
     while bool(condition(state)):
         state = body(state)
@@ -62,33 +62,10 @@ def repeat(body: Callable[[Any, Any], Any], state: Any, count: Any) -> Any:
     return state
 
 
-def collect(
-    xp: Namespace,
-    body: Callable[[Any, Any, Array], tuple[Any, tuple[Array, ...]]],
-    state: Any,
-    lengths: Array,
-    count: Array,
-    goes_on: Callable[[Any], Array],
-) -> tuple[Any, tuple[Array, ...], Array]:
-    """In a JAX trace: `state` after ``state, seen = body(i, state, length)``, all that was seen, and the rounds.
-
-    One compiled loop over the first `count` lengths, which ends sooner after a round that leaves
-    a state from which it does not go on. What lies behind the rounds in the stacks of what was
-    seen is zero, so that one compiled function serves every count up to the number of lengths.
-    """
-    jax = sys.modules["jax"]
-    shapes = jax.eval_shape(body, count, state, lengths[0])[1]
-    stacks = tuple(xp.zeros((lengths.shape[0], *shape.shape), dtype=shape.dtype) for shape in shapes)
-
-    def round_(carry: Any) -> Any:
-        i, state, stacks = carry
-        state, seen = body(i, state, lengths[i])
-        return i + 1, state, tuple(stack.at[i].set(row) for stack, row in zip(stacks, seen, strict=True))
-
-    rounds, state, stacks = jax.lax.while_loop(
-        lambda carry: (carry[0] < count) & goes_on(carry[1]), round_, (xp.zeros_like(count), state, stacks)
-    )
-    return state, stacks, rounds
+def stacks_for(xp: Namespace, function: Callable[..., tuple[Array, ...]], arguments: Any, count: int) -> Any:
+    """In a JAX trace: zeros for `count` results of a function, each along a new first axis."""
+    shapes = sys.modules["jax"].eval_shape(function, *arguments)
+    return tuple(xp.zeros((count, *shape.shape), dtype=shape.dtype) for shape in shapes)
 
 
 def compiled(function: Callable[..., Any], static: Any, like: Array, *arguments: Any) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
+import array_api_extra as xpx
 import numpy as np
 
 from natgrad_array import _arrays
-from natgrad_array._arrays import Array, Namespace
-from natgrad_array.simulation.state import State, System, last_weights
+from natgrad_array._arrays import Array
+from natgrad_array.simulation.state import State, System
 
 Seen = tuple[Array, ...]
 
@@ -37,7 +38,11 @@ def advance(
         The records.
     """
     if _arrays.is_jax(state.rate):
-        return _advance_compiled(system, data, state, number, lengths, capacity)
+        xp, count = _arrays.namespace(state.rate), len(lengths)
+        padded = xp.asarray(np.pad(np.asarray(lengths, np.int32), (0, capacity - count)))
+        arguments = (data, state, _scalar(xp, number), padded, _scalar(xp, count))
+        state, seen = _arrays.compiled(_loops, system, state.rate, *arguments)
+        return state, tuple(stack[:count, ...] for stack in seen)
     pieces = _cut(system, state)
     if not pieces:
         return _advance(system, data, state, number, lengths)
@@ -76,64 +81,59 @@ def _look(system: System, data: Any, state: State, number: Any) -> tuple[State, 
 # ------------------------------------------------------------------------ JAX: compiled loops
 
 
-def _advance_compiled(
-    system: System, data: Any, state: State, number: int, lengths: tuple[int, ...], capacity: int
-) -> tuple[State, Seen]:
-    """`advance` by loops that keep nothing from round to round, as if no member ever diverged.
+class _Loop(NamedTuple):
+    """Rounds, each a record and the steps after it, that a trace tries in one go."""
 
-    A loop ends where one does. The rounds before are then made again, which gives the same
-    digits; the member is put to rest, and the next loop goes on from there.
+    begin: Array
+    end: Array
+    size: Array
+    """How many rounds the next loop tries."""
+    number: Array
+    """The step that the state is at."""
+    state: State
+    """Before the first round."""
+    records: Seen
+    """Those of all rounds of all loops."""
+
+
+def _loops(system: System, data: Any, state: State, number: Array, lengths: Array, count: Array) -> tuple[State, Seen]:
+    """`_advance` in a trace, over the first `count` lengths.
+
+    Rounds keep no weights, as if no member ever diverged, but for the last two of a loop. A loop
+    ends with a round in which one does, and if that is not its last it is tried again, to there:
+    the same rounds give the same digits. Then the member is put to rest; the loops after it are
+    short ones, since where one diverges others do.
     """
     xp = _arrays.namespace(state.rate)
 
-    def loop(state: State, done: int, count: int) -> tuple[State, Seen, int]:
-        left = lengths[done:]
-        padded = xp.asarray(np.pad(np.asarray(left, np.int32), (0, capacity - len(left))))
-        start = _scalar(xp, number + sum(lengths[:done]))
-        arguments = (data, state, start, padded, _scalar(xp, count))
-        after, seen, well = _arrays.compiled(_loop, system, state.rate, *arguments)
-        return after, tuple(stack[:count, ...] for stack in seen), int(well)
+    def attempt(loop: _Loop) -> _Loop:
+        known = loop.state.diverged_at
 
-    done, records = 0, []
-    while True:
-        after, seen, well = loop(state, done, len(lengths) - done)
-        if done + well == len(lengths):
-            records.append(seen)
-            return after, tuple(_joined_rows(xp, column) for column in zip(*records, strict=True))
-        marks = after.diverged_at
-        # What is of no more use makes room.
-        del after, seen
-        if well:
-            state, seen, _ = loop(state, done, well)
-            records.append(seen)
-        state, done = state._replace(diverged_at=marks), done + well
+        def goes_on(carry: Any) -> Array:
+            i, _, state, _ = carry
+            return (i < loop.end) & xp.all(state.diverged_at == known)
 
+        def round_(carry: Any) -> Any:
+            i, number, state, records = carry
+            state = state._replace(keeps=i >= loop.end - 2)
+            state, seen = system.interval(xp, data, state, number, lengths[i])
+            records = tuple(xpx.at(stack)[i, ...].set(row) for stack, row in zip(records, seen, strict=True))
+            return i + 1, number + lengths[i], state._replace(keeps=None), records
 
-def _loop(
-    system: System, data: Any, state: State, number: Any, lengths: Array, count: Array
-) -> tuple[State, Seen, Any]:
-    """The state after some rounds or the first one in which a member diverges, records, and rounds that went well."""
-    xp = _arrays.namespace(state.rate)
-    state = system.rest(xp, state)
-    known, kept = state.diverged_at, state.kept
+        first = (loop.begin, loop.number, system.rest(xp, loop.state), loop.records)
+        i, number, state, records = _arrays.while_loop(goes_on, round_, first)
+        whole, well = i == loop.end, xp.all(state.diverged_at == known)
+        size = xp.where(well, 2 * loop.size, 1)
+        number, state = _arrays.branch(whole, lambda: (number, state), lambda: (loop.number, loop.state))
+        end = xp.where(whole, xp.minimum(i + size, count), i)
+        return _Loop(xp.where(whole, i, loop.begin), end, size, number, state, records)
 
-    def body(i: Array, carry: tuple[State, Array], length: Array) -> tuple[tuple[State, Array], Seen]:
-        state, number = carry
-        # Who diverges by the steps of the last round is found by the next loop, which needs what was before.
-        last = _arrays.branch(i == count - 1, lambda: last_weights(xp, state._replace(kept=kept)), lambda: state.kept)
-        state, seen = system.interval(xp, data, state._replace(kept=last), number, length)
-        return (state, number + length), seen
-
-    def all_known(carry: tuple[State, Array]) -> Array:
-        return xp.all(carry[0].diverged_at == known)
-
-    carry = (state._replace(kept=tuple(xp.zeros_like(w) for w in kept)), number)
-    carry, records, rounds = _arrays.collect(xp, body, carry, lengths, count, all_known)
-    return carry[0], records, rounds - ~all_known(carry)
-
-
-def _joined_rows(xp: Namespace, stacks: tuple[Array, ...]) -> Array:
-    return stacks[0] if len(stacks) == 1 else xp.concat(stacks)
+    seen = _arrays.stacks_for(
+        xp, lambda *given: system.interval(xp, *given)[1], (data, state, number, lengths[0]), lengths.shape[0]
+    )
+    zero = xp.zeros_like(count)
+    loop = _arrays.while_loop(lambda loop: loop.begin < count, attempt, _Loop(zero, count, count, number, state, seen))
+    return loop.state, loop.records
 
 
 def _scalar(xp: Any, value: int) -> Any:
@@ -165,6 +165,8 @@ def _cut(system: System, state: State) -> list[slice]:
 
 def _joined(states: tuple[State, ...]) -> State:
     def join(parts: tuple[Any, ...]) -> Any:
+        if parts[0] is None:
+            return None
         if isinstance(parts[0], tuple):
             return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return np.concatenate(parts)

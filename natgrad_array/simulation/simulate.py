@@ -150,8 +150,7 @@ def simulate(
     were at the record before, their records are NaN from there on, and
     ``History.diverged_at`` says when; the others are not touched. On eager arrays one
     scalar comes to the host at each record, beside those that the rule itself needs. JAX
-    arrays run as one compiled loop, which ends where a member diverges and is then run
-    again to the record before. How an ensemble is cut changes the last digits at most.
+    arrays run as one compiled loop. How an ensemble is cut changes the last digits at most.
     A run that was stopped and goes on with the same versions, on the same kind of device,
     ends with the same bits. KeyboardInterrupt makes a checkpoint and then goes on its way.
 

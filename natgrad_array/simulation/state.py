@@ -18,8 +18,7 @@ class State(NamedTuple):
     weights: tuple[Array, ...]
     """(members, n_i, n_{i-1}); a diverged member is an identity, which costs no more than any other."""
     kept: tuple[Array, ...]
-    """Weights at the last record, in a compiled loop known after its last round; those of a diverged
-    member are its last finite ones."""
+    """Weights at the last record; those of a diverged member are its last finite ones."""
     rate: Array
     """(members, 1, 1): the learning rate, zero for members at rest."""
     diverged_at: Array
@@ -28,6 +27,8 @@ class State(NamedTuple):
     """(members,): the recorded step at which a member was put to rest, or `RUNNING`."""
     memory: Any = ()
     """What else a system carries from step to step: arrays in nested tuples."""
+    keeps: Array | None = None
+    """(), in a compiled loop: whether weights are kept at this record; None for always."""
 
     def part(self, piece: slice) -> State:
         """Some of the members."""
@@ -107,7 +108,7 @@ def settle(
     Returns the state; the mask of members that have not diverged, None where that is known to
     be all; and the direction they are about to take, zero for those that do not move any more.
     On eager arrays one scalar comes to the host and saves the work where all is well. In a JAX
-    trace members that diverge are marked and nothing else, and the loop ends there.
+    trace the loop ends where members diverge, and they are put to rest there.
     """
     good = (state.diverged_at == RUNNING) & xp.isfinite(excess)
     trouble = _arrays.eager_any(xp, ~good)
@@ -116,10 +117,10 @@ def settle(
     else:
         newly, keep = (state.diverged_at == RUNNING) & ~good, good[:, None, None]
         state = state._replace(diverged_at=xp.where(newly, _number(xp, number, good), state.diverged_at))
+        state = _keep(xp, state, keep)
         direction = tuple(xp.where(keep, d, 0.0) for d in direction)
     if trouble:
-        kept = tuple(xp.where(keep, w, k) for w, k in zip(state.weights, state.kept, strict=True))
-        state = system.rest(xp, state._replace(kept=kept))
+        state = system.rest(xp, state)
     if tolerance is not None:
         calm = good & (state.converged_at == RUNNING) & (excess <= tolerance)
         state = state._replace(
@@ -127,6 +128,22 @@ def settle(
             converged_at=xp.where(calm, _number(xp, number, calm), state.converged_at),
         )
     return state, None if trouble is False else good, direction
+
+
+def _keep(xp: Namespace, state: State, members: Array) -> State:
+    """Keep the weights of some members, if they are to be kept."""
+
+    def kept(state: State) -> tuple[Array, ...]:
+        return tuple(xp.where(members, w, k) for w, k in zip(state.weights, state.kept, strict=True))
+
+    if state.keeps is None:
+        return state._replace(kept=kept(state))
+    # A loop of one round or none, other than a conditional, leaves weights and what is kept where they are.
+    never = xp.zeros_like(state.keeps)
+    found: State = _arrays.while_loop(
+        lambda state: state.keeps, lambda state: state._replace(kept=kept(state), keeps=never), state
+    )
+    return found
 
 
 def rest(xp: Namespace, state: State) -> State:
