@@ -10,7 +10,7 @@ import numpy as np
 
 from natgrad_array import _arrays
 from natgrad_array._arrays import Array
-from natgrad_array.simulation.state import State, System
+from natgrad_array.simulation.state import State, System, chosen
 
 Seen = tuple[Array, ...]
 
@@ -86,12 +86,14 @@ class _Loop(NamedTuple):
 
     begin: Array
     end: Array
+    again: Array
+    """Whether these rounds have been tried before, and to a later end."""
     size: Array
-    """How many rounds the next loop tries."""
-    number: Array
-    """The step that the state is at."""
+    """How many rounds were tried at once the last time that all went well."""
     state: State
-    """Before the first round."""
+    """After the rounds that were tried last."""
+    start: State
+    """Before them."""
     records: Seen
     """Those of all rounds of all loops."""
 
@@ -105,34 +107,37 @@ def _loops(system: System, data: Any, state: State, number: Array, lengths: Arra
     short ones, since where one diverges others do.
     """
     xp = _arrays.namespace(state.rate)
+    numbers = number + xp.cumulative_sum(lengths, include_initial=True)
 
     def attempt(loop: _Loop) -> _Loop:
-        known = loop.state.diverged_at
+        # What is kept is not taken back: the rounds that are tried again do that over, or have not touched it.
+        start = loop.start._replace(kept=loop.state.kept)
+        start = system.rest(xp, chosen(xp, loop.again, start, loop.state))
+        known = start.diverged_at
 
         def goes_on(carry: Any) -> Array:
-            i, _, state, _ = carry
+            i, state, _ = carry
             return (i < loop.end) & xp.all(state.diverged_at == known)
 
         def round_(carry: Any) -> Any:
-            i, number, state, records = carry
+            i, state, records = carry
             state = state._replace(keeps=i >= loop.end - 2)
-            state, seen = system.interval(xp, data, state, number, lengths[i])
+            state, seen = system.interval(xp, data, state, numbers[i], lengths[i])
             records = tuple(xpx.at(stack)[i, ...].set(row) for stack, row in zip(records, seen, strict=True))
-            return i + 1, number + lengths[i], state._replace(keeps=None), records
+            return i + 1, state._replace(keeps=None), records
 
-        first = (loop.begin, loop.number, system.rest(xp, loop.state), loop.records)
-        i, number, state, records = _arrays.while_loop(goes_on, round_, first)
-        whole, well = i == loop.end, xp.all(state.diverged_at == known)
-        size = xp.where(well, 2 * loop.size, 1)
-        number, state = _arrays.branch(whole, lambda: (number, state), lambda: (loop.number, loop.state))
-        end = xp.where(whole, xp.minimum(i + size, count), i)
-        return _Loop(xp.where(whole, i, loop.begin), end, size, number, state, records)
+        i, state, records = _arrays.while_loop(goes_on, round_, (loop.begin, start, loop.records))
+        whole = i == loop.end
+        size = xp.where(xp.all(state.diverged_at == known), 2 * loop.size, 1)
+        begin, end = xp.where(whole, i, loop.begin), xp.where(whole, xp.minimum(i + size, count), i)
+        return _Loop(begin, end, ~whole, size, state, start._replace(kept=()), records)
 
     seen = _arrays.stacks_for(
         xp, lambda *given: system.interval(xp, *given)[1], (data, state, number, lengths[0]), lengths.shape[0]
     )
     zero = xp.zeros_like(count)
-    loop = _arrays.while_loop(lambda loop: loop.begin < count, attempt, _Loop(zero, count, count, number, state, seen))
+    first = _Loop(zero, count, zero > 0, count, state, state._replace(kept=()), seen)
+    loop = _arrays.while_loop(lambda loop: loop.begin < count, attempt, first)
     return loop.state, loop.records
 
 

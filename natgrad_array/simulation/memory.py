@@ -72,8 +72,8 @@ def make_plan(
     A worker holds all records of its piece to the end.
 
     Weights are there four times at the worst: those a step starts from, those that were kept
-    at the last record, and new ones being put together from parts; on JAX six times, since a
-    compiled loop also holds both as they were where it may have to go back to. On NumPy only members
+    at the last record, and new ones being put together from parts; on JAX five times, since a
+    compiled loop also holds those that it may have to go back to. On NumPy only members
     that fit a cache are worked on at a time and need scratch space.
 
     Raises
@@ -88,7 +88,7 @@ def make_plan(
         most = max(1, min(-(-most // pieces), SENT_BYTES // sent))
     if budget is None:
         return Plan(most, capacity)
-    weights = (6 if _arrays.is_jax(ensemble.like) else 4) * each.weights
+    weights = (5 if _arrays.is_jax(ensemble.like) else 4) * each.weights
     lasting = weights + 3 * capacity * each.record + each.task + (2 * recorded * each.record if pieces else 0)
     members = budget // (lasting + each.scratch)
     sides = tuple(side for core in ensemble.cores for side in core)

@@ -18,7 +18,7 @@ from natgrad_array.simulation.schedule import intervals
 from natgrad_array.simulation.sinks import Host, Sink
 from natgrad_array.simulation.state import Load, State, System, last_weights, leaves, rebuilt
 
-BLOCK_SECONDS = 0.5
+BLOCK_SECONDS = 1.0
 """About so long nobody looks at a clock."""
 
 

@@ -94,6 +94,12 @@ def rebuilt(like: Any, arrays: Iterator[Array]) -> Any:
     return None if like is None else next(arrays)
 
 
+def chosen(xp: Namespace, flag: Array, yes: Any, no: Any) -> Any:
+    """One of two nested tuples of arrays, by a scalar."""
+    pairs = zip(leaves(yes), leaves(no), strict=True)
+    return rebuilt(no, iter([xp.where(flag, a, b) for a, b in pairs]))
+
+
 def settle(
     xp: Namespace,
     system: System,
