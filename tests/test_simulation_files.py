@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray
+import zarr
 from test_simulation import random_network, random_task
 
 import natgrad_array as ng
@@ -322,6 +323,29 @@ def test_killed_at_any_moment_and_resumed_to_the_same_bits(tmp_path: Path, store
     with np.load(tmp_path / "whole.npz") as wanted, np.load(tmp_path / "killed.npz") as found:
         for name in wanted.files:
             np.testing.assert_array_equal(found[name], wanted[name])
+
+
+@pytest.mark.parametrize("array", [0, 1, 3])
+def test_a_store_that_was_not_made_whole_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array: int
+) -> None:
+    """A run that dies while it makes its store can be started again."""
+    options = OPTIONS | {"checkpoint": tmp_path / "c", "store": tmp_path / "s.zarr"}
+    real, made = zarr.Group.create_array, []
+
+    def die(*arguments: Any, **keywords: Any) -> Any:
+        if len(made) == array:
+            raise SystemExit
+        made.append(arguments)
+        return real(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Group, "create_array", die)
+        with pytest.raises(SystemExit):
+            ng.simulate(WEIGHTS, TASK, **options)
+    assert_same(ng.simulate(WEIGHTS, TASK, **options), ng.simulate(WEIGHTS, TASK, **OPTIONS), bitwise=True)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".zarr") == ["s.zarr"]
+    assert not (tmp_path / "s.zarr.new").exists()
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])

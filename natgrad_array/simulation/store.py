@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,14 @@ class Store:
             raise CheckpointError(
                 f"the store {self.path} of the checkpointed run is gone; remove the checkpoint to start again"
             )
-        group = zarr.open_group(self.path, mode="w-", zarr_format=3)
+        # A run that dies here leaves nothing at the path; what it leaves beside it is only ever its own.
+        unfinished = Path(f"{self.path}.new")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self._create(zarr.open_group(str(unfinished), mode="w-", zarr_format=3), attributes, digest)
+        unfinished.rename(self.path)
+        return zarr.open_group(self.path, mode="r+")
+
+    def _create(self, group: Any, attributes: Mapping[str, Any], digest: str) -> None:
         layout, names = self.layout, self.layout.axes.names
         group.attrs.update({**attributes, "fingerprint": digest, "complete": False})
         fill = float("nan")
@@ -148,7 +156,6 @@ class Store:
         for name, values in coordinates.items():
             array = group.create_array(name, shape=values.shape, dtype=values.dtype, dimension_names=(name,))
             array[...] = values
-        return group
 
     # ------------------------------------------------------------------------ as a sink
 
