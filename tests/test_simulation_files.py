@@ -344,8 +344,21 @@ def test_a_store_that_was_not_made_whole_is_made_anew(
         with pytest.raises(SystemExit):
             ng.simulate(WEIGHTS, TASK, **options)
     assert_same(ng.simulate(WEIGHTS, TASK, **options), ng.simulate(WEIGHTS, TASK, **OPTIONS), bitwise=True)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".zarr") == ["s.zarr"]
-    assert not (tmp_path / "s.zarr.new").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "s.zarr"]
+
+
+def test_a_store_of_groups_that_was_not_made_whole_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise SystemExit
+
+    options = {"learning_rate": 0.1, "steps": 3, "checkpoint": tmp_path / "c", "store": tmp_path / "s.zarr"}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(zarr.group().attrs), "__setitem__", die)
+        with pytest.raises(SystemExit):
+            ng.simulation.simulate_groups({"a": WEIGHTS}, TASK, **options)
+    assert ng.simulation.simulate_groups({"a": WEIGHTS}, TASK, **options)["a"].loss.shape[0] == 4
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])

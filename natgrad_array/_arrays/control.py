@@ -69,8 +69,11 @@ def stacks_for(xp: Namespace, function: Callable[..., tuple[Array, ...]], argume
 
 
 def compiled(function: Callable[..., Any], static: Any, like: Array, *arguments: Any) -> Any:
-    """``function(static, *arguments)``; compiled, once for each `static` and set of shapes, where `like` is JAX's."""
-    if not is_jax(like):
+    """``function(static, *arguments)``; where `like` is JAX's, compiled once for each `static` and set of shapes.
+
+    In a trace it becomes part of what is compiled there.
+    """
+    if not is_jax(like) or is_lazy(like):
         return function(static, *arguments)
     return _jitted(function)(static, *arguments)
 

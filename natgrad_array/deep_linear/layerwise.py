@@ -35,22 +35,45 @@ def layerwise(
         return _in_pieces(xp, layers, factors, scale, with_excess, [_by_gram_matrices, _by_duals])
     rungs: list[Rung] = [square.by_one_inverse, square.by_layer_inverses, _by_duals]
     if square.is_small(layers):
-        return _descend(xp, layers, factors, scale, with_excess, rungs)
+        return _descend(xp, layers, factors, scale, with_excess, _with_first_compiled(rungs))
     # With the excess it is a simulation, whose networks are soon as well conditioned as the target.
     tries = with_excess or _arrays.branches_freely(layers[0])
 
     def without_one() -> Directions:
-        # In a trace another conditional would cost more than it saves.
-        pairs = not _arrays.is_lazy(layers[0]) and square.pair_inverses_serve(xp, layers)
+        # On JAX members whose pairs are not certified cost more than the others save: in a trace by a
+        # conditional, outside of it by a way that is not compiled.
+        pairs = not _arrays.is_jax(layers[0]) and bool(square.pair_inverses_serve(layers))
         first: list[Rung] = [square.by_pair_inverses] if pairs else []
-        return _in_pieces(xp, layers, factors, scale, with_excess, first + rungs[1:])
+        return _in_pieces(xp, layers, factors, scale, with_excess, _with_first_compiled(first + rungs[1:]))
 
     found: Directions = _arrays.branch(
-        square.one_inverse_serves(xp, layers) if tries else False,
-        lambda: _in_pieces(xp, layers, factors, scale, with_excess, rungs),
+        square.one_inverse_serves(layers) if tries else False,
+        lambda: _in_pieces(xp, layers, factors, scale, with_excess, _with_first_compiled(rungs)),
         without_one,
     )
     return found
+
+
+def _with_first_compiled(rungs: list[Rung]) -> list[Rung]:
+    """The same with the first, which has all members, as one compiled function on JAX.
+
+    For ways with one call of LAPACK alone (see `_arrays.calls_may_meet`); the others have
+    stacks of any size, and each size would be compiled anew.
+    """
+
+    def first(
+        _: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+    ) -> tuple[Directions, Array]:
+        found: tuple[Directions, Array]
+        found = _arrays.compiled(_take, (rungs[0], scale, with_excess), layers[0], layers, factors)
+        return found
+
+    return [first, *rungs[1:]]
+
+
+def _take(how: tuple[Rung, float, bool], layers: tuple[Array, ...], factors: TaskFactors) -> tuple[Directions, Array]:
+    rung, scale, with_excess = how
+    return rung(_arrays.namespace(layers[0]), layers, factors, scale, with_excess)
 
 
 def _in_pieces(

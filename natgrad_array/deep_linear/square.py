@@ -35,21 +35,32 @@ def is_small(layers: tuple[Array, ...]) -> bool:
     return members * layers[0].shape[-1] ** 3 < 2**18 and not _arrays.is_lazy(layers[0])
 
 
-def one_inverse_serves(xp: Namespace, layers: tuple[Array, ...]) -> Array | bool:
+def one_inverse_serves(layers: tuple[Array, ...]) -> Array | bool:
     """Whether so many members can have their direction by one inverse that it is worth a try.
 
     A scalar, from a few of them. An attempt for all costs about half of the next way for all.
     """
-    product = None
+    serves: Array = _arrays.compiled(_one_serves, None, layers[0], layers)
+    return serves
+
+
+def _one_serves(_: None, layers: tuple[Array, ...]) -> Array:
+    xp, product = _arrays.namespace(layers[0]), None
     for few in _probe(layers):
         product = few if product is None else few @ product
     return _are_most(xp, _one_inverse(xp, product)[1])
 
 
-def pair_inverses_serve(xp: Namespace, layers: tuple[Array, ...]) -> Array | bool:
+def pair_inverses_serve(layers: tuple[Array, ...]) -> Array | bool:
     """Whether so many members can have their direction by inverses of pairs that they are worth a try."""
     if len(layers) < 3:
         return False
+    serve: Array = _arrays.compiled(_pairs_serve, None, layers[0], layers)
+    return serve
+
+
+def _pairs_serve(_: None, layers: tuple[Array, ...]) -> Array:
+    xp = _arrays.namespace(layers[0])
     certified: Array | bool = True
     for pair in _pairs(_probe(layers)):
         if len(pair) == 2:

@@ -89,7 +89,7 @@ class _Loop(NamedTuple):
     again: Array
     """Whether these rounds have been tried before, and to a later end."""
     size: Array
-    """How many rounds were tried at once the last time that all went well."""
+    """How many rounds are tried at once: one after a divergence, twice as many after each loop that went well."""
     state: State
     """After the rounds that were tried last."""
     start: State

@@ -19,6 +19,7 @@ from natgrad_array.simulation.prepared import Prepared
 from natgrad_array.simulation.progress import check_progress
 from natgrad_array.simulation.simulate import prepare, simulate
 from natgrad_array.simulation.simulate_training import prepare_training, simulate_training
+from natgrad_array.simulation.store import new_group
 
 _MARK = "natgrad_array_groups"
 
@@ -279,7 +280,8 @@ def _open(path: str, names: tuple[str, ...]) -> None:
             raise FileExistsError(f"store {path!r} is another run's, or no store; choose another path")
         return
     Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-    zarr.open_group(path, mode="w-", zarr_format=3).attrs[_MARK] = list(names)
+    with new_group(path) as group:
+        group.attrs[_MARK] = list(names)
 
 
 def _equal(a: Any, b: Any) -> bool:

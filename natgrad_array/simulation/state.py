@@ -16,9 +16,11 @@ class State(NamedTuple):
     """Where a stack of members is. Members are the first axis of every array."""
 
     weights: tuple[Array, ...]
-    """(members, n_i, n_{i-1}); a diverged member is an identity, which costs no more than any other."""
+    """(members, n_i, n_{i-1}); a diverged member is an identity, which costs no more than any other
+    (in compiled loops from the loop after it on)."""
     kept: tuple[Array, ...]
-    """Weights at the last record; those of a diverged member are its last finite ones."""
+    """Weights at the last record, in a compiled loop from its last two rounds on; those of a diverged
+    member are its last finite ones."""
     rate: Array
     """(members, 1, 1): the learning rate, zero for members at rest."""
     diverged_at: Array
@@ -114,7 +116,7 @@ def settle(
     Returns the state; the mask of members that have not diverged, None where that is known to
     be all; and the direction they are about to take, zero for those that do not move any more.
     On eager arrays one scalar comes to the host and saves the work where all is well. In a JAX
-    trace the loop ends where members diverge, and they are put to rest there.
+    trace the loop ends after a round in which members diverge, and the next puts them to rest.
     """
     good = (state.diverged_at == RUNNING) & xp.isfinite(excess)
     trouble = _arrays.eager_any(xp, ~good)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ from natgrad_array.simulation.sinks import Host, Seen
 
 CHUNK_BYTES = 2**22
 """About so much goes to disk at a time: smaller files cost more to open than to read."""
+
+
+@contextlib.contextmanager
+def new_group(path: str) -> Iterator[Any]:
+    """Make a Zarr group that is at its path only when it is whole, whenever this process dies."""
+    final = Path(path).absolute()
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
+        unfinished = Path(folder) / final.name
+        yield need("zarr").open_group(str(unfinished), mode="w-", zarr_format=3)
+        unfinished.rename(final)
 
 
 class Layout:
@@ -120,11 +131,8 @@ class Store:
             raise CheckpointError(
                 f"the store {self.path} of the checkpointed run is gone; remove the checkpoint to start again"
             )
-        # A run that dies here leaves nothing at the path; what it leaves beside it is only ever its own.
-        unfinished = Path(f"{self.path}.new")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        self._create(zarr.open_group(str(unfinished), mode="w-", zarr_format=3), attributes, digest)
-        unfinished.rename(self.path)
+        with new_group(self.path) as group:
+            self._create(group, attributes, digest)
         return zarr.open_group(self.path, mode="r+")
 
     def _create(self, group: Any, attributes: Mapping[str, Any], digest: str) -> None:
