@@ -2,7 +2,7 @@
 
 Every array library has a process of its own. In it the contestants of a row take turns, so
 that what else the machine does meets all of them alike; the table gives medians. On JAX both
-sides are compiled, with their arrays as arguments.
+sides are compiled, with their arrays as arguments, but for what of ours compiles itself.
 """
 
 from __future__ import annotations
