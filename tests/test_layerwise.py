@@ -10,16 +10,18 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
-from backends import Backend
+from backends import BACKENDS, Backend
 
 import natgrad_array as ng
 from natgrad_array import deep_linear as dl
 from natgrad_array import linalg
+from natgrad_array._arrays import is_lazy
 from natgrad_array.deep_linear import layerwise as ladder
 from natgrad_array.deep_linear import square, waist
 from natgrad_array.deep_linear.duals import chains, duals, routes, thin
 from natgrad_array.deep_linear.products import products
 
+JAX, JAX_JIT = (next(b for b in BACKENDS if b.name == name) for name in ("jax", "jax-jit"))
 SIZES = [
     (4, 4, 4),
     (4, 4, 4, 4),
@@ -363,6 +365,31 @@ def test_a_probe_chooses_the_way_of_a_square_stack(monkeypatch: pytest.MonkeyPat
     taken.clear()
     dl.natural_gradient(network((32,) * 5, batch=48), task)
     assert set(taken) == {"by_one_inverse"}
+
+
+def test_jax_chooses_the_way_of_a_square_stack_outside_of_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No inverses of pairs, and within `jax.jit` no choice; whole stacks are traced for a compiled function."""
+    taken: list[str] = []
+    for name in ("by_one_inverse", "by_pair_inverses", "by_layer_inverses"):
+        way = getattr(square, name)
+
+        def spy(*args: Any, way: Any = way, name: str = name) -> Any:
+            taken.append(name if is_lazy(args[1][0]) else f"{name}, operation by operation")
+            return way(*args)
+
+        monkeypatch.setattr(square, name, spy)
+    given = moments(32, 32)
+    task = ng.GaussianTask(*JAX.asarrays(*given))
+    well = JAX.asarrays(*network((32,) * 5, batch=16))
+    rng = np.random.default_rng(0)
+    gaussian = JAX.asarrays(*(rng.standard_normal((16, 32, 32)) / 32**0.5 for _ in range(4)))
+    for weights, wanted in ((well, "by_one_inverse"), (gaussian, "by_layer_inverses")):
+        found = dl.natural_gradient(weights, task)
+        assert taken == [wanted]
+        taken.clear()
+        assert_members([JAX.to_numpy(d) for d in found], tuple(JAX.to_numpy(w) for w in weights), given, 1e-8)
+    JAX_JIT.call(dl.natural_gradient, well, task)
+    assert set(taken) == {"by_layer_inverses"}
 
 
 @pytest.mark.parametrize("sizes", [(48, 32, 24, 16), (16, 24, 32, 48)], ids=str)

@@ -57,8 +57,8 @@ def layerwise(
 def _with_first_compiled(rungs: list[Rung]) -> list[Rung]:
     """The same with the first, which has all members, as one compiled function on JAX.
 
-    For ways with one call of LAPACK alone (see `_arrays.calls_may_meet`); the others have
-    stacks of any size, and each size would be compiled anew.
+    Only for ways whose calls of LAPACK never meet (see `_arrays.calls_may_meet`). The other
+    rungs have however many members are left, and each number would be compiled anew.
     """
 
     def first(

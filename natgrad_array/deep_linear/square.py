@@ -35,7 +35,7 @@ def is_small(layers: tuple[Array, ...]) -> bool:
     return members * layers[0].shape[-1] ** 3 < 2**18 and not _arrays.is_lazy(layers[0])
 
 
-def one_inverse_serves(layers: tuple[Array, ...]) -> Array | bool:
+def one_inverse_serves(layers: tuple[Array, ...]) -> Array:
     """Whether so many members can have their direction by one inverse that it is worth a try.
 
     A scalar, from a few of them. An attempt for all costs about half of the next way for all.

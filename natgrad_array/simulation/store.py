@@ -26,7 +26,10 @@ CHUNK_BYTES = 2**22
 
 @contextlib.contextmanager
 def new_group(path: str) -> Iterator[Any]:
-    """Make a Zarr group that is at its path only when it is whole, whenever this process dies."""
+    """Make a Zarr group that is at its path only when it is whole, whenever this process dies.
+
+    A process that is killed may leave a hidden folder beside the path, with arrays that hold nothing.
+    """
     final = Path(path).absolute()
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
         unfinished = Path(folder) / final.name
