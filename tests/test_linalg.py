@@ -1255,3 +1255,35 @@ def test_inverse_of_a_stack_with_bad_members(backend: Backend, dtype: str) -> No
     for b in (0, 2, 4):
         np.testing.assert_allclose(inverse[b], np.linalg.inv(a[b]), atol=2000 * epsilon(inverse))
         assert bound[b] < 1e5
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("n", [1, 5, 8, 13, 16, 24, 33])
+def test_inverses_by_blocks_are_as_accurate_as_those_of_lapack(n: int, dtype: str) -> None:
+    """JAX's way on a CPU, against float64; positive definite ones at a condition of 1e3."""
+    xp, eps = JAX.xp, np.finfo(dtype).eps
+    rng = np.random.default_rng(n)
+    basis = np.linalg.qr(rng.standard_normal((20, n, n)))[0]
+    positive = ((basis * np.geomspace(1.0, 1e-3, n)) @ basis.mT).astype(dtype)
+    positive = (positive + positive.mT) / 2
+    (a,) = JAX.asarrays(positive)
+    assert _arrays.inverts_by_blocks(a, positive=True)
+    inverse, condition = linalg.positive_inverse(xp, a)
+    exact = np.linalg.inv(positive.astype(np.float64))
+    error = np.linalg.norm(JAX.to_numpy(inverse) - exact, axis=(-2, -1)) / np.linalg.norm(exact, axis=(-2, -1))
+    assert error.max() < 1e3 * eps
+    assert np.all(JAX.to_numpy(condition) >= 0.99 * np.linalg.cond(positive))
+    if n > 16:
+        return
+    general = rng.standard_normal((200, n, n)).astype(dtype)
+    general[0, 0, 0] = 0.0  # has an inverse, which needs a pivot from n = 2 on
+    general[1] = 0.0
+    general[2, 0, 0] = np.nan
+    inverse, condition = linalg.inverse_without_pivots(xp, JAX.asarrays(general)[0])
+    certified = np.isfinite(JAX.to_numpy(condition))
+    assert not certified[:3].any()
+    assert certified.mean() > 0.9
+    general, inverse = general[certified].astype(np.float64), JAX.to_numpy(inverse)[certified]
+    exact = np.linalg.inv(general)
+    error = np.linalg.norm(inverse - exact, axis=(-2, -1)) / np.linalg.norm(exact, axis=(-2, -1))
+    assert np.all(error < 2 * n * eps * np.linalg.cond(general))

@@ -103,6 +103,7 @@ from natgrad_array._arrays.routines import (
     spectral_product,
     sum_rows,
 )
+from natgrad_array._arrays.schur import inverse_by_blocks, inverse_lower_by_blocks, inverts_by_blocks
 
 __all__ = [
     "BLAS_THREADS_FROM",
@@ -156,7 +157,10 @@ __all__ = [
     "in_pieces",
     "in_threads",
     "inverse",
+    "inverse_by_blocks",
+    "inverse_lower_by_blocks",
     "inverse_of_factored",
+    "inverts_by_blocks",
     "is_bool",
     "is_cupy",
     "is_dask",

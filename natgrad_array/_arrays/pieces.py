@@ -7,6 +7,7 @@ import contextvars
 import functools
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from natgrad_array._arrays.checks import broadcast_shapes
-from natgrad_array._arrays.libraries import Array, Shape, is_numpy, is_torch, namespace
+from natgrad_array._arrays.libraries import Array, Shape, is_jax, is_lazy, is_numpy, is_torch, namespace
 
 PIECE_BYTES = 2**20
 """The size of one stack of matrices that stays in a processor's cache with a few others."""
@@ -35,7 +36,9 @@ def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape], *, one_by_
 
 
 def _has_threads_within(array: Array) -> bool:
-    """Whether each call works on a whole stack by several threads, and on a CPU: torch."""
+    """Whether each call works on a whole stack by several threads, and on a CPU: torch, or JAX in a trace."""
+    if is_jax(array):
+        return is_lazy(array) and sys.modules["jax"].default_backend() == "cpu"
     return is_torch(array) and array.device.type == "cpu"
 
 
@@ -51,7 +54,12 @@ def _pieces(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> 
     stacks of a step, and not only a few, have to stay there.
     Large matrices take their turns, so that a piece may fill the cache that processors share.
     So do all on torch, where a call costs more, and a stack that fits a few times is left whole.
+    On JAX pieces are rounds of a loop, and of one length.
     """
+    if is_jax(arrays[0]):
+        wanted = math.prod(batch) * _member_bytes(arrays, cores) // (PIECE_BYTES // 2)
+        length = max(batch)
+        return max((k for k in range(1, min(wanted, length) + 1) if length % k == 0), default=1)
     if not is_numpy(arrays[0]):
         stack = math.prod(batch) * _member_bytes(arrays, cores)
         return -(-stack // (2 * PIECE_BYTES)) if stack >= 8 * PIECE_BYTES else 1
@@ -107,6 +115,8 @@ def in_pieces(
     def cut(count: int) -> list[slice]:
         return [slice(length * k // count, length * (k + 1) // count) for k in range(count)]
 
+    if is_jax(arrays[0]):
+        return _in_rounds(function, arrays, length, axis, count)
     if not is_numpy(arrays[0]):
         xp = namespace(arrays[0])
         columns = zip(*(function(*parts(piece)) for piece in cut(count)), strict=True)
@@ -121,6 +131,32 @@ def in_pieces(
 
     in_threads(work, cut(count), threads)
     return results
+
+
+def _in_rounds(
+    function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], length: int, axis: int, count: int
+) -> tuple[Array, ...]:
+    """`in_pieces` as a loop in a JAX trace."""
+    jax = sys.modules["jax"]
+    cut = [_has(array, axis, length) for array in arrays]
+
+    def rounds(array: Array) -> Array:
+        at = array.ndim + axis
+        shape = (*array.shape[:at], count, length // count, *array.shape[at + 1 :])
+        return jax.numpy.moveaxis(array.reshape(shape), at, 0)
+
+    def one(pieces: tuple[Array, ...]) -> tuple[Array, ...]:
+        own = iter(pieces)
+        return function(*(next(own) if is_cut else array for is_cut, array in zip(cut, arrays, strict=True)))
+
+    results = jax.lax.map(one, tuple(rounds(array) for is_cut, array in zip(cut, arrays, strict=True) if is_cut))
+
+    def joined(array: Array) -> Array:
+        at = array.ndim - 1 + axis
+        array = jax.numpy.moveaxis(array, 0, at)
+        return array.reshape(*array.shape[:at], length, *array.shape[at + 2 :])
+
+    return tuple(joined(result) for result in results)
 
 
 def in_threads(work: Callable[[Any], Any], pieces: Sequence[Any], threads: int) -> list[Any]:

@@ -52,6 +52,8 @@ def repair(
         flagged = flags[..., None, None]
         return tuple(xp.where(flagged, new, old) for new, old in zip(slow(*arguments), values, strict=True))
     (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)))
+    if is_jax(flags):
+        chosen = _padded(xp, chosen, math.prod(batch))
     return tuple(
         xp.reshape(xpx.at(_in_a_row(xp, old, batch))[chosen, ...].set(new), (*batch, *old.shape[-2:]))
         for old, new in zip(values, slow(*_members(xp, arguments, batch, chosen)), strict=True)
@@ -103,6 +105,12 @@ def _repair_traced(
     index = xp.sum(count > xp.asarray([0, few] if few else [0]))
     result: tuple[Array, ...] = jax.lax.switch(index, ways)
     return result
+
+
+def _padded(xp: Namespace, chosen: Array, members: int) -> Array:
+    """Some indices with the first repeated up to a power of two: JAX compiles anew for every number of them."""
+    count = min(members, max(16, 2 ** math.ceil(math.log2(chosen.shape[0]))))
+    return xp.concat([chosen, xp.broadcast_to(chosen[:1], (count - chosen.shape[0],))])
 
 
 def _in_a_row(xp: Namespace, array: Array, batch: Shape) -> Array:

@@ -30,50 +30,62 @@ def layerwise(
     if len(layers) == 1:
         return _by_duals(xp, layers, factors, scale, with_excess)[0]
     if not square.is_square(layers, factors):
-        if waist.is_waisted(layers, factors):
-            return _in_pieces(xp, layers, factors, scale, with_excess, [waist.by_ends, _by_duals])
-        return _in_pieces(xp, layers, factors, scale, with_excess, [_by_gram_matrices, _by_duals])
-    rungs: list[Rung] = [square.by_one_inverse, square.by_layer_inverses, _by_duals]
+        first: Rung = waist.by_ends if waist.is_waisted(layers, factors) else _by_gram_matrices
+        rungs: list[Rung] = [first, _by_duals]
+        # Calls of LAPACK within one compiled function could meet (`_arrays.calls_may_meet`).
+        alone = all(m != n and _arrays.inverts_by_blocks(w, positive=True) for w in layers for m, n in [w.shape[-2:]])
+        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(rungs) if alone else rungs)
+    rest: list[Rung] = [square.by_layer_inverses, _by_duals]
     if square.is_small(layers):
-        return _descend(xp, layers, factors, scale, with_excess, _with_first_compiled(rungs))
+        return _descend(xp, layers, factors, scale, with_excess, _compiled([square.by_one_inverse, *rest]))
     # With the excess it is a simulation, whose networks are soon as well conditioned as the target.
     tries = with_excess or _arrays.branches_freely(layers[0])
 
     def without_one() -> Directions:
-        # On JAX members whose pairs are not certified cost more than the others save: in a trace by a
-        # conditional, outside of it by a way that is not compiled.
-        pairs = not _arrays.is_jax(layers[0]) and bool(square.pair_inverses_serve(layers))
-        first: list[Rung] = [square.by_pair_inverses] if pairs else []
-        return _in_pieces(xp, layers, factors, scale, with_excess, _with_first_compiled(first + rungs[1:]))
+        # Members whose pairs are not certified cost more than the others save in a conditional.
+        first: list[Rung] = []
+        by_blocks = _arrays.inverts_by_blocks(layers[0])
+        tries_pairs = by_blocks if _arrays.is_jax(layers[0]) else True
+        if tries_pairs and not _arrays.is_lazy(layers[0]) and bool(square.pair_inverses_serve(layers)):
+            first = [square.by_pair_inverses]
+        elif by_blocks:
+            first = [square.by_layer_inverses_without_pivots]
+        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(first + rest))
 
     found: Directions = _arrays.branch(
         square.one_inverse_serves(layers) if tries else False,
-        lambda: _in_pieces(xp, layers, factors, scale, with_excess, _with_first_compiled(rungs)),
+        lambda: _in_pieces(xp, layers, factors, scale, with_excess, _compiled([square.by_one_inverse, *rest])),
         without_one,
     )
     return found
 
 
-def _with_first_compiled(rungs: list[Rung]) -> list[Rung]:
-    """The same with the first, which has all members, as one compiled function on JAX.
+def _compiled(rungs: list[Rung]) -> list[Rung]:
+    """The same with all but the last, whose calls of LAPACK could meet (`_arrays.calls_may_meet`), compiled on JAX."""
 
-    Only for ways whose calls of LAPACK never meet (see `_arrays.calls_may_meet`). The other
-    rungs have however many members are left, and each number would be compiled anew.
-    """
+    def compiled(rung: Rung) -> Rung:
+        def as_one(
+            _: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+        ) -> tuple[Directions, Array]:
+            found: tuple[Directions, Array]
+            found = _arrays.compiled(_take, (rung, scale, with_excess), layers[0], layers, factors)
+            return found
 
-    def first(
-        _: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
-    ) -> tuple[Directions, Array]:
-        found: tuple[Directions, Array]
-        found = _arrays.compiled(_take, (rungs[0], scale, with_excess), layers[0], layers, factors)
-        return found
+        return as_one
 
-    return [first, *rungs[1:]]
+    return [*map(compiled, rungs[:-1]), rungs[-1]]
 
 
 def _take(how: tuple[Rung, float, bool], layers: tuple[Array, ...], factors: TaskFactors) -> tuple[Directions, Array]:
     rung, scale, with_excess = how
-    return rung(_arrays.namespace(layers[0]), layers, factors, scale, with_excess)
+    xp = _arrays.namespace(layers[0])
+    cores = _cores(layers, with_excess)
+    if not _arrays.is_jax(layers[0]) or not _pays_in_pieces(layers, cores):
+        return rung(xp, layers, factors, scale, with_excess)
+    stacks, restore = _as_stacks(layers, factors)
+    on_stacks: Callable[..., tuple[Array, ...]] = _on_stacks(xp, rung, restore, scale, with_excess)
+    *found, certified = _arrays.in_pieces(on_stacks, stacks, cores)
+    return tuple(found), certified[..., 0, 0]
 
 
 def _in_pieces(
@@ -85,11 +97,9 @@ def _in_pieces(
     rungs: list[Rung],
 ) -> Directions:
     """Descend with pieces of a stack that is large."""
-    cores = [tuple(layer.shape[-2:]) for layer in layers]
-    if not _arrays.pays_in_pieces(layers, cores):
+    cores = _cores(layers, with_excess)
+    if not _pays_in_pieces(layers, cores):
         return _descend(xp, layers, factors, scale, with_excess, rungs)
-    if with_excess:
-        cores.append((1, 1))
     stacks, restore = _as_stacks(layers, factors)
     return _arrays.in_pieces(lambda *arrays: _descend(xp, *restore(arrays), scale, with_excess, rungs), stacks, cores)
 
@@ -109,20 +119,40 @@ def _descend(
     stacks, restore = _as_stacks(layers, factors)
     batch = _arrays.broadcast_shapes(tuple(d.shape[:-2]) for d in found)
 
-    def run(rung: Rung) -> Callable[..., tuple[Array, ...]]:
-        """A rung as a function of stacks of matrices, with the flags as the last of them."""
-
-        def on_stacks(*arrays: Array) -> tuple[Array, ...]:
-            found, certified = rung(xp, *restore(arrays), scale, with_excess)
-            members = _arrays.broadcast_shapes(tuple(d.shape[:-2]) for d in found)
-            return (*found, xp.broadcast_to(certified, members)[..., None, None])
-
-        return on_stacks
-
     kept = (*found, xp.broadcast_to(certified, batch)[..., None, None])
     for rung in rungs[1:]:
-        kept = _arrays.repair(xp, ~kept[-1][..., 0, 0], kept, stacks, run(rung))
+        slow = _on_stacks(xp, rung, restore, scale, with_excess)
+        kept = _arrays.repair(xp, ~kept[-1][..., 0, 0], kept, stacks, slow)
     return kept[:-1]
+
+
+def _pays_in_pieces(layers: tuple[Array, ...], cores: list[_arrays.Shape]) -> bool:
+    """Not for square networks on JAX, whose calls of LAPACK are slower in the rounds of a loop."""
+    if _arrays.is_jax(layers[0]) and len({size for layer in layers for size in layer.shape[-2:]}) == 1:
+        return False
+    return _arrays.pays_in_pieces(layers, cores)
+
+
+def _cores(layers: tuple[Array, ...], with_excess: bool) -> list[_arrays.Shape]:
+    """The core shapes of the directions, and of the excess loss."""
+    return [*(tuple(layer.shape[-2:]) for layer in layers), *([(1, 1)] if with_excess else [])]
+
+
+def _on_stacks(
+    xp: Namespace,
+    rung: Rung,
+    restore: Callable[[tuple[Array, ...]], tuple[tuple[Array, ...], TaskFactors]],
+    scale: float,
+    with_excess: bool,
+) -> Callable[..., tuple[Array, ...]]:
+    """A rung as a function of stacks of matrices, with the flags as the last of them."""
+
+    def on_stacks(*arrays: Array) -> tuple[Array, ...]:
+        found, certified = rung(xp, *restore(arrays), scale, with_excess)
+        members = _arrays.broadcast_shapes(tuple(d.shape[:-2]) for d in found)
+        return (*found, xp.broadcast_to(certified, members)[..., None, None])
+
+    return on_stacks
 
 
 def _as_stacks(

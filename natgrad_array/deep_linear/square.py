@@ -64,7 +64,7 @@ def _pairs_serve(_: None, layers: tuple[Array, ...]) -> Array:
     certified: Array | bool = True
     for pair in _pairs(_probe(layers)):
         if len(pair) == 2:
-            certified = certified & trusted(xp, linalg.inverse(xp, pair[1] @ pair[0])[1])
+            certified = certified & trusted(xp, linalg.inverse_without_pivots(xp, pair[1] @ pair[0])[1])
     return _are_most(xp, certified)
 
 
@@ -91,7 +91,7 @@ def _some(batch: Shape, count: int) -> tuple[slice, ...]:
 
 def _one_inverse(xp: Namespace, product: Array) -> tuple[Array, Array]:
     """W⁻¹, and where it is good enough to be multiplied by W⁻¹ again and by W."""
-    inverse, condition = linalg.inverse(xp, product)
+    inverse, condition = linalg.inverse_without_pivots(xp, product)
     return inverse, trusted(xp, condition, 2)
 
 
@@ -129,7 +129,7 @@ def by_pair_inverses(
     L/2 inverses and 4L − 4 products, 2n³ flops each, for an even L; for an odd one the last
     layer is on its own. Errors go with the conditions of the pairs.
     """
-    return _by_inverses(xp, _pairs(layers), factors, scale, with_excess)
+    return _by_inverses(xp, _pairs(layers), factors, scale, with_excess, pivots=False)
 
 
 def by_layer_inverses(
@@ -140,7 +140,14 @@ def by_layer_inverses(
     L inverses and 3L − 4 products, 2n³ flops each. Errors go with the conditions of the
     layers, in place of that of their product.
     """
-    return _by_inverses(xp, [(layer,) for layer in layers], factors, scale, with_excess)
+    return _by_inverses(xp, [(layer,) for layer in layers], factors, scale, with_excess, pivots=True)
+
+
+def by_layer_inverses_without_pivots(
+    xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+) -> Found:
+    """`by_layer_inverses` by matrix products; a few members of any stack are left to it."""
+    return _by_inverses(xp, [(layer,) for layer in layers], factors, scale, with_excess, pivots=False)
 
 
 def _pairs(layers: tuple[Array, ...]) -> list[tuple[Array, ...]]:
@@ -149,13 +156,19 @@ def _pairs(layers: tuple[Array, ...]) -> list[tuple[Array, ...]]:
 
 
 def _by_inverses(
-    xp: Namespace, groups: list[tuple[Array, ...]], factors: TaskFactors, scale: float, with_excess: bool
+    xp: Namespace,
+    groups: list[tuple[Array, ...]],
+    factors: TaskFactors,
+    scale: float,
+    with_excess: bool,
+    *,
+    pivots: bool,
 ) -> Found:
     """An inverse for each group, of one layer or two."""
     certified: Array = full_roots(xp, factors)
     products = tuple(group[0] if len(group) == 1 else group[1] @ group[0] for group in groups)
     inverses = []
-    for group, (inverse, condition) in zip(groups, linalg.inverses(xp, products), strict=True):
+    for group, (inverse, condition) in zip(groups, linalg.inverses(xp, products, pivots=pivots), strict=True):
         inverses.append(inverse)
         fits = condition * layer_rounding(xp, inverse) < 1.0 if len(group) == 1 else trusted(xp, condition)
         certified = certified & fits
