@@ -392,6 +392,25 @@ def test_jax_chooses_the_way_of_a_square_stack_outside_of_a_trace(monkeypatch: p
     assert set(taken) == {"by_layer_inverses"}
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (12, 8, 6, 5), (9, 4, 9), (9, 6, 3, 6, 9)], ids=str)
+def test_jax_inverts_by_blocks_and_leaves_to_others_what_it_can_not(sizes: tuple[int, ...], compiled: bool) -> None:
+    """Beside members of full rank: two layers that need a pivot, one of lower rank, one of NaN; in pieces too."""
+    given = moments(sizes[0], sizes[-1])
+    weights = tuple(np.concatenate([part] * 128) for part in network(sizes, batch=16))
+    weights[0][3, 0, 0] = weights[1][4, 0, 0] = 0.0
+    weights[0][5, 1] = weights[0][5, 0]
+    weights[1][6, 0, 0] = np.nan
+    asked = tuple(JAX.asarrays(*weights))
+    task = ng.GaussianTask(*JAX.asarrays(*given))
+    call = JAX_JIT.call if compiled else JAX.call
+    found = [JAX.to_numpy(d) for d in call(dl.natural_gradient, asked, task)]
+    chosen = np.asarray([0, 3, 4, 5, 7, 1027, 2047])
+    assert_members([d[chosen] for d in found], tuple(w[chosen] for w in weights), given, 1e-8)
+    assert np.all(np.isnan(found[0][6]))
+    assert not np.isnan(np.delete(found[0], 6, axis=0)).any()
+
+
 @pytest.mark.parametrize("sizes", [(48, 32, 24, 16), (16, 24, 32, 48)], ids=str)
 def test_gaussian_networks_in_float32_need_no_singular_values(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
