@@ -45,7 +45,7 @@ def layerwise(
         # Members whose pairs are not certified cost more than the others save in a conditional.
         first: list[Rung] = []
         by_blocks = _arrays.inverts_by_blocks(layers[0])
-        tries_pairs = by_blocks if _arrays.is_jax(layers[0]) else True
+        tries_pairs = not _arrays.is_jax(layers[0]) or (by_blocks and _arrays.eps(xp, layers[0]) < 1e-10)
         if tries_pairs and not _arrays.is_lazy(layers[0]) and bool(square.pair_inverses_serve(layers)):
             first = [square.by_pair_inverses]
         elif by_blocks:
