@@ -403,7 +403,7 @@ def inverse_without_pivots(xp: Namespace, a: Array) -> tuple[Array, Array]:
         return inverse(xp, a)
     result, identity = _arrays.inverse_by_blocks(a), _arrays.eye(xp, a.shape[-1], a)
     # In float32 one step leaves some members wrong in every large stack, and a product costs little there.
-    for _ in range(1 if _arrays.eps(xp, a) < 1e-10 else 2):
+    for _ in range(1 if _arrays.item_bytes(xp, a) == 8 else 2):
         residual = identity - a @ result
         result = result + result @ residual
     condition = _condition_bound(xp, a, result)
@@ -413,7 +413,7 @@ def inverse_without_pivots(xp: Namespace, a: Array) -> tuple[Array, Array]:
 
 def inverses(xp: Namespace, arrays: tuple[Array, ...], *, pivots: bool = True) -> list[tuple[Array, Array]]:
     """`inverse` of several stacks of square matrices of one size, or `inverse_without_pivots`."""
-    if not pivots and _arrays.inverts_by_blocks(arrays[0]):
+    if not pivots and all(_arrays.inverts_by_blocks(a) for a in arrays):
         return [inverse_without_pivots(xp, a) for a in arrays]
     if not _arrays.calls_may_meet(arrays[0], len(arrays)):
         return [inverse(xp, a) for a in arrays]

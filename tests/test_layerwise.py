@@ -13,8 +13,8 @@ import pytest
 from backends import BACKENDS, Backend
 
 import natgrad_array as ng
+from natgrad_array import _arrays, linalg
 from natgrad_array import deep_linear as dl
-from natgrad_array import linalg
 from natgrad_array._arrays import is_lazy
 from natgrad_array.deep_linear import layerwise as ladder
 from natgrad_array.deep_linear import square, waist
@@ -461,3 +461,15 @@ def test_layers_are_inverted_by_one_call_where_calls_may_wait_for_each_other(
     for (inverse, condition), layer in zip(invert(*layers), host, strict=True):
         np.testing.assert_allclose(inverse @ layer, np.broadcast_to(np.eye(3), layer.shape), atol=1e-12)
         assert np.all(np.asarray(condition) >= np.linalg.cond(layer))
+
+
+@pytest.mark.parametrize("sizes", [(128, 96, 80, 64), (64, 128, 64)], ids=str)
+def test_what_jax_compiles_whole_has_no_call_of_lapack(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several calls in one function could wait for each other for ever; pieces may not become too short for blocks."""
+    given = moments(sizes[0], sizes[-1])
+    task = ng.GaussianTask(*JAX.asarrays(*given))
+    for name in ("cholesky", "inverse"):
+        monkeypatch.setattr(_arrays, name, None)
+    weights = network(sizes, batch=48)
+    found = dl.natural_gradient(tuple(JAX.asarrays(*weights)), task)
+    assert_members([JAX.to_numpy(d)[::20] for d in found], tuple(w[::20] for w in weights), given, 1e-8)

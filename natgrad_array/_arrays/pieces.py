@@ -16,6 +16,7 @@ import numpy as np
 
 from natgrad_array._arrays.checks import broadcast_shapes
 from natgrad_array._arrays.libraries import Array, Shape, is_jax, is_lazy, is_numpy, is_torch, namespace
+from natgrad_array._arrays.schur import FEWEST
 
 PIECE_BYTES = 2**20
 """The size of one stack of matrices that stays in a processor's cache with a few others."""
@@ -54,12 +55,12 @@ def _pieces(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> 
     stacks of a step, and not only a few, have to stay there.
     Large matrices take their turns, so that a piece may fill the cache that processors share.
     So do all on torch, where a call costs more, and a stack that fits a few times is left whole.
-    On JAX pieces are rounds of a loop, and of one length.
+    On JAX pieces are rounds of a loop, of one length, and long enough to be inverted by blocks.
     """
     if is_jax(arrays[0]):
-        wanted = math.prod(batch) * _member_bytes(arrays, cores) // (PIECE_BYTES // 2)
-        length = max(batch)
-        return max((k for k in range(1, min(wanted, length) + 1) if length % k == 0), default=1)
+        fewest = min(math.prod(array.shape[:-2]) for array in arrays if array.ndim > 2)
+        most = min(2 * math.prod(batch) * _member_bytes(arrays, cores) // PIECE_BYTES, fewest // FEWEST)
+        return max((k for k in range(1, most + 1) if max(batch) % k == 0), default=1)
     if not is_numpy(arrays[0]):
         stack = math.prod(batch) * _member_bytes(arrays, cores)
         return -(-stack // (2 * PIECE_BYTES)) if stack >= 8 * PIECE_BYTES else 1

@@ -108,8 +108,9 @@ def _repair_traced(
 
 
 def _padded(xp: Namespace, chosen: Array, members: int) -> Array:
-    """Some indices with the first repeated up to a power of two: JAX compiles anew for every number of them."""
-    count = min(members, max(16, 2 ** math.ceil(math.log2(chosen.shape[0]))))
+    """Some indices with the first repeated, a quarter at most beyond 16: JAX compiles anew for every number of them."""
+    step = max(16, 2 ** (chosen.shape[0].bit_length() - 3))
+    count = min(members, -(-chosen.shape[0] // step) * step)
     return xp.concat([chosen, xp.broadcast_to(chosen[:1], (count - chosen.shape[0],))])
 
 

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from natgrad_array._arrays.control import compiled
 from natgrad_array._arrays.libraries import Array, is_jax
 
+FEWEST = 16
+"""Of so many members on, blocks are faster than LAPACK's calls."""
+
 _LEAF = 8
 """Up to this size matrices are worked on row by row, with the members of the stack on the last axis."""
 
@@ -25,7 +28,7 @@ def inverts_by_blocks(a: Array, *, positive: bool = False) -> bool:
     if not is_jax(a) or sys.modules["jax"].default_backend() != "cpu":
         return False
     n, members = int(a.shape[-1]), math.prod(a.shape[:-2])
-    return members >= 16 and 1 <= n <= (128 if positive else 16)
+    return members >= FEWEST and 1 <= n <= (128 if positive else 16)
 
 
 def inverse_by_blocks(a: Array) -> Array:
@@ -121,5 +124,5 @@ def _eliminate_below(a: Array) -> Array:
 
     found = jax.lax.fori_loop(0, n, round_of, a)
     pivots = jnp.diagonal(found, axis1=0, axis2=1).T
-    identity = jnp.eye(n, dtype=a.dtype)[..., None]
-    return (jnp.tril(jnp.ones((n, n), dtype=a.dtype), -1)[..., None] * found + identity) / jnp.sqrt(pivots)[:, None]
+    unit = jnp.where((index > index.T)[..., None], found, jnp.eye(n, dtype=a.dtype)[..., None])
+    return unit / jnp.sqrt(pivots)[:, None]

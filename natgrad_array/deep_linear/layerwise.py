@@ -33,8 +33,8 @@ def layerwise(
         first: Rung = waist.by_ends if waist.is_waisted(layers, factors) else _by_gram_matrices
         rungs: list[Rung] = [first, _by_duals]
         # Calls of LAPACK within one compiled function could meet (`_arrays.calls_may_meet`).
-        alone = all(m != n and _arrays.inverts_by_blocks(w, positive=True) for w in layers for m, n in [w.shape[-2:]])
-        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(rungs) if alone else rungs)
+        whole = _goes_by_blocks(layers)
+        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(rungs) if whole else rungs)
     rest: list[Rung] = [square.by_layer_inverses, _by_duals]
     if square.is_small(layers):
         return _descend(xp, layers, factors, scale, with_excess, _compiled([square.by_one_inverse, *rest]))
@@ -42,10 +42,10 @@ def layerwise(
     tries = with_excess or _arrays.branches_freely(layers[0])
 
     def without_one() -> Directions:
-        # Members whose pairs are not certified cost more than the others save in a conditional.
         first: list[Rung] = []
         by_blocks = _arrays.inverts_by_blocks(layers[0])
-        tries_pairs = not _arrays.is_jax(layers[0]) or (by_blocks and _arrays.eps(xp, layers[0]) < 1e-10)
+        # On JAX members whose pairs are not certified, many in float32, cost more than the others save.
+        tries_pairs = not _arrays.is_jax(layers[0]) or (by_blocks and _arrays.item_bytes(xp, layers[0]) == 8)
         if tries_pairs and not _arrays.is_lazy(layers[0]) and bool(square.pair_inverses_serve(layers)):
             first = [square.by_pair_inverses]
         elif by_blocks:
@@ -127,10 +127,15 @@ def _descend(
 
 
 def _pays_in_pieces(layers: tuple[Array, ...], cores: list[_arrays.Shape]) -> bool:
-    """Not for square networks on JAX, whose calls of LAPACK are slower in the rounds of a loop."""
-    if _arrays.is_jax(layers[0]) and len({size for layer in layers for size in layer.shape[-2:]}) == 1:
+    """Not for what calls LAPACK on JAX, which is slower in the rounds of a loop."""
+    if _arrays.is_jax(layers[0]) and not _goes_by_blocks(layers):
         return False
     return _arrays.pays_in_pieces(layers, cores)
+
+
+def _goes_by_blocks(layers: tuple[Array, ...]) -> bool:
+    """Whether JAX needs no call of LAPACK for the inverses of a network that is not square: no layer of it is."""
+    return all(w.shape[-2] != w.shape[-1] and _arrays.inverts_by_blocks(w, positive=True) for w in layers)
 
 
 def _cores(layers: tuple[Array, ...], with_excess: bool) -> list[_arrays.Shape]:
