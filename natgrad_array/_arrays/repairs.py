@@ -8,7 +8,18 @@ from collections.abc import Callable
 
 import array_api_extra as xpx
 
-from natgrad_array._arrays.libraries import Array, Namespace, Shape, is_cupy, is_jax, is_lazy, is_numpy, is_torch
+from natgrad_array._arrays.control import compiled
+from natgrad_array._arrays.libraries import (
+    Array,
+    Namespace,
+    Shape,
+    is_cupy,
+    is_jax,
+    is_lazy,
+    is_numpy,
+    is_torch,
+    namespace,
+)
 
 _WRITABLE = (is_numpy, is_cupy, is_torch, is_jax)
 
@@ -54,10 +65,10 @@ def repair(
     (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)))
     if is_jax(flags):
         chosen = _padded(xp, chosen, math.prod(batch))
-    return tuple(
-        xp.reshape(xpx.at(_in_a_row(xp, old, batch))[chosen, ...].set(new), (*batch, *old.shape[-2:]))
-        for old, new in zip(values, slow(*_members(xp, arguments, batch, chosen)), strict=True)
-    )
+    # On JAX a function each: a dozen small ones take longer than a few members do.
+    new = slow(*compiled(_members, batch, flags, arguments, chosen))
+    repaired: tuple[Array, ...] = compiled(_put, batch, flags, values, new, chosen)
+    return repaired
 
 
 def _repair_traced(
@@ -83,7 +94,7 @@ def _repair_traced(
     def some() -> tuple[Array, ...]:
         # A trace has fixed shapes: places that no member fills lie outside the stack.
         (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)), size=few, fill_value=members)
-        new = slow(*_members(xp, arguments, batch, chosen, mode="clip"))
+        new = slow(*_members(batch, arguments, chosen, mode="clip"))
         return tuple(
             xp.reshape(_in_a_row(xp, old, batch).at[chosen].set(part, mode="drop"), (*batch, *old.shape[-2:]))
             for old, part in zip(values, new, strict=True)
@@ -94,7 +105,7 @@ def _repair_traced(
             new = slow(*arguments)
         else:
             rows = xp.reshape(xp.arange(16 * -(-members // 16)), (16, -1))
-            parts = jax.lax.map(lambda chosen: slow(*_members(xp, arguments, batch, chosen, mode="clip")), rows)
+            parts = jax.lax.map(lambda chosen: slow(*_members(batch, arguments, chosen, mode="clip")), rows)
             new = tuple(
                 xp.reshape(xp.reshape(part, (-1, *part.shape[-2:]))[:members, ...], (*batch, *part.shape[-2:]))
                 for part in parts
@@ -122,10 +133,18 @@ def _in_a_row(xp: Namespace, array: Array, batch: Shape) -> Array:
     return xp.reshape(whole, (math.prod(batch), *array.shape[-2:]))
 
 
-def _members(
-    xp: Namespace, arrays: tuple[Array, ...], batch: Shape, chosen: Array, **options: str
-) -> tuple[Array, ...]:
+def _members(batch: Shape, arrays: tuple[Array, ...], chosen: Array, **options: str) -> tuple[Array, ...]:
     """Some of the members of stacks of matrices; what all members share is not taken apart."""
+    xp = namespace(chosen)
     return tuple(
         xp.take(_in_a_row(xp, array, batch), chosen, axis=0, **options) if array.ndim > 2 else array for array in arrays
+    )
+
+
+def _put(batch: Shape, values: tuple[Array, ...], new: tuple[Array, ...], chosen: Array) -> tuple[Array, ...]:
+    """Stacks of matrices with some of their members replaced."""
+    xp = namespace(chosen)
+    return tuple(
+        xp.reshape(xpx.at(_in_a_row(xp, old, batch))[chosen, ...].set(part), (*batch, *old.shape[-2:]))
+        for old, part in zip(values, new, strict=True)
     )
