@@ -7,6 +7,7 @@ bodies that the rooms above call with arrays that have been checked already.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from natgrad_array import _arrays
@@ -278,10 +279,19 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
 
 
 def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None, method: str) -> Array:
-    scale, unit, factor = _unit_factor(xp, a)
-    if method == "auto" and _arrays.eager_any(xp, _factored(xp, factor)) is False:
+    # To unit size, so that squares of entries stay in the range of the dtype.
+    scale = xp.max(xp.abs(xp.linalg.diagonal(a)), axis=-1)[..., None, None]
+    scale = xp.where(scale > 0.0, scale, 1.0)
+    unit = _arrays.plus_transpose(a)
+    unit *= 0.5 / scale
+    factored, invert = _by_cholesky(xp, unit)
+    if method == "auto" and _arrays.eager_any(xp, factored) is False:
         return _pinvh_eigh(xp, a, rtol)
-    inverse, certified = _certified_inverse(xp, unit, factor, rtol)
+    inverse = invert()
+    cutoff = rank_cutoff(xp, a, rtol)
+    # The inverse itself is only known to κ·n·eps, which the margin is for.
+    cutoff = (cutoff if isinstance(cutoff, float) else cutoff[..., 0]) + 4 * a.shape[-1] * _arrays.eps(xp, a)
+    certified = factored & (_condition_bound(xp, unit, inverse) * cutoff < 1.0)
     inverse /= scale
     if method == "cholesky":
         return xp.where(certified[..., None, None], inverse, xp.nan)
@@ -304,34 +314,11 @@ def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
     is one to trust, and no rank is in doubt.
     """
     total = _arrays.add_to_diagonal(xp, a + xp.zeros_like(shift), shift)
-    factor = _arrays.cholesky(xp, total)
-    inverse = _inverse_of_factored(xp, factor)
+    factored, invert = _by_cholesky(xp, total)
+    inverse = invert()
     seen = shift[..., 0, 0] > 16 * _arrays.eps(xp, a) * _arrays.norms(xp, a)
-    certified = xp.isfinite(factor[..., -1, -1]) & seen
+    certified = factored & seen
     return _arrays.repair(xp, ~certified, (inverse,), (total,), lambda a: (_pinvh_eigh(xp, a, None),))[0]
-
-
-def _unit_factor(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
-    """A scale, the symmetric part over it, and the Cholesky factor of that."""
-    # To unit size, so that squares of entries stay in the range of the dtype.
-    scale = xp.max(xp.abs(xp.linalg.diagonal(a)), axis=-1)[..., None, None]
-    scale = xp.where(scale > 0.0, scale, 1.0)
-    unit = _arrays.plus_transpose(a)
-    unit *= 0.5 / scale
-    return scale, unit, _arrays.cholesky(xp, unit)
-
-
-def _factored(xp: Namespace, factor: Array) -> Array:
-    return xp.isfinite(factor[..., -1, -1])
-
-
-def _certified_inverse(xp: Namespace, a: Array, factor: Array, rtol: float | Array | None) -> tuple[Array, Array]:
-    """The inverse by a Cholesky factor, and which members it is the pseudo-inverse of."""
-    inverse = _inverse_of_factored(xp, factor)
-    cutoff = rank_cutoff(xp, a, rtol)
-    # The inverse itself is only known to κ·n·eps, which the margin is for.
-    cutoff = (cutoff if isinstance(cutoff, float) else cutoff[..., 0]) + 4 * a.shape[-1] * _arrays.eps(xp, a)
-    return inverse, _factored(xp, factor) & (_condition_bound(xp, a, inverse) * cutoff < 1.0)
 
 
 def _none_certified(xp: Namespace, a: Array, rtol: float | Array | None) -> bool:
@@ -362,12 +349,22 @@ def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
     return _arrays.in_pieces(of, (a, *own), [(n, n)])[0] if n < 16 else of(a, *own)[0]
 
 
-def _inverse_of_factored(xp: Namespace, factor: Array) -> Array:
-    inverse = _arrays.inverse_of_factored(factor)
-    if inverse is None:
+def _by_cholesky(xp: Namespace, a: Array) -> tuple[Array, Callable[[], Array]]:
+    """Which members have a Cholesky factor, and a function that gives their inverses, symmetric."""
+    if _arrays.inverts_by_blocks(a, positive=True):
+        half = _arrays.inverse_lower_by_blocks(a)
+        # A row without a pivot is NaN, and the next ones need not be.
+        return xp.isfinite(xp.sum(xp.linalg.diagonal(half), axis=-1)), lambda: symmetric_part(half.mT @ half)
+    factor = _arrays.cholesky(xp, a)
+
+    def invert() -> Array:
+        inverse = _arrays.inverse_of_factored(factor)
+        if inverse is not None:
+            return inverse
         half = inverse_lower(xp, factor)
-        inverse = half.mT @ half
-    return inverse
+        return half.mT @ half
+
+    return xp.isfinite(factor[..., -1, -1]), invert
 
 
 def _condition_bound(xp: Namespace, a: Array, inverse: Array) -> Array:
@@ -432,11 +429,7 @@ def positive_inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """`inverse` of positive definite matrices, through Cholesky factors where that is faster."""
     if _arrays.has_fast_inverse(a):
         return inverse(xp, a)
-    if _arrays.inverts_by_blocks(a, positive=True):
-        half = _arrays.inverse_lower_by_blocks(a)
-        result = half.mT @ half
-    else:
-        result = _inverse_of_factored(xp, _arrays.cholesky(xp, a))
+    result = _by_cholesky(xp, a)[1]()
     return result, _condition_bound(xp, a, result)
 
 

@@ -1257,24 +1257,72 @@ def test_inverse_of_a_stack_with_bad_members(backend: Backend, dtype: str) -> No
         assert bound[b] < 1e5
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("n", [1, 5, 8, 13, 16, 24, 33])
-def test_inverses_by_blocks_are_as_accurate_as_those_of_lapack(n: int, dtype: str) -> None:
-    """JAX's way on a CPU, against float64; positive definite ones at a condition of 1e3."""
-    xp, eps = JAX.xp, np.finfo(dtype).eps
+_SIZES_BY_BLOCKS = {
+    ("jax", "float64"): (1, 5, 8, 13, 16, 24, 33),
+    ("jax", "float32"): (1, 5, 8, 13, 16, 24, 33),
+    ("torch", "float32"): (1, 2, 13, 16, 17, 40, 100),
+    ("torch", "float64"): (1, 2, 8, 64, 72),
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "n"),
+    [
+        (backend, dtype, n)
+        for backend in BACKENDS
+        for (name, dtype), sizes in _SIZES_BY_BLOCKS.items()
+        for n in sizes
+        if backend.name == name
+    ],
+    ids=str,
+)
+def test_positive_inverses_by_blocks_are_as_accurate_as_those_of_lapack(backend: Backend, dtype: str, n: int) -> None:
+    """On a CPU, against float64, at a condition of 1e3, and with members that are not positive definite."""
+    members = 20 if backend.name == "jax" else -(-(2**12) // n)
     rng = np.random.default_rng(n)
-    basis = np.linalg.qr(rng.standard_normal((20, n, n)))[0]
+    basis = np.linalg.qr(rng.standard_normal((members, n, n)))[0]
     positive = ((basis * np.geomspace(1.0, 1e-3, n)) @ basis.mT).astype(dtype)
     positive = (positive + positive.mT) / 2
-    (a,) = JAX.asarrays(positive)
+    positive[1, 0, 0] *= -1.0  # the first pivot, with those after it positive
+    positive[2, -1, -1] = -1.0
+    positive[3, n // 2, n // 2] = np.nan
+    positive[4] = 0.0
+    (a,) = backend.asarrays(positive)
     assert _arrays.inverts_by_blocks(a, positive=True)
-    inverse, condition = linalg.positive_inverse(xp, a)
-    exact = np.linalg.inv(positive.astype(np.float64))
-    error = np.linalg.norm(JAX.to_numpy(inverse) - exact, axis=(-2, -1)) / np.linalg.norm(exact, axis=(-2, -1))
-    assert error.max() < 1e3 * eps
-    assert np.all(JAX.to_numpy(condition) >= 0.99 * np.linalg.cond(positive))
-    if n > 16:
-        return
+    inverse, condition = map(backend.to_numpy, linalg.positive_inverse(backend.xp, a))
+    assert np.array_equal(backend.to_numpy(a), positive, equal_nan=True)
+    assert not np.isfinite(condition[1:5]).any()
+    rest = np.delete(np.arange(members), slice(1, 5))
+    exact = np.linalg.inv(positive[rest].astype(np.float64))
+    error = np.linalg.norm(inverse[rest] - exact, axis=(-2, -1)) / np.linalg.norm(exact, axis=(-2, -1))
+    assert error.max() < 1e3 * np.finfo(dtype).eps
+    assert np.all(condition[rest] >= 0.99 * np.linalg.cond(positive[rest]))
+    found = backend.to_numpy(ng.pinvh(a))
+    for k in (0, 1, 2, 4, 5):
+        alone = np.linalg.pinv(positive[k].astype(np.float64), hermitian=True)
+        assert np.linalg.norm(found[k] - alone) <= 2e3 * np.finfo(dtype).eps * np.linalg.norm(alone)
+    assert np.isnan(found[3]).all()
+
+
+def test_what_needs_a_derivative_is_not_inverted_by_blocks_in_place() -> None:
+    """torch's blocks have none."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((512, 8, 12)).astype(np.float32)
+    a = torch.asarray(x @ x.mT)
+    assert _arrays.inverts_by_blocks(a, positive=True)
+    linalg.positive_inverse(_arrays.namespace(a), a.requires_grad_())[0].sum().backward()
+    exact = np.linalg.inv((x @ x.mT).astype(np.float64))
+    slope = -exact.sum(-1)[..., :, None] * exact.sum(-1)[..., None, :]
+    assert np.allclose(a.grad, slope, rtol=0.0, atol=1e-3 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("n", [1, 5, 8, 13, 16])
+def test_inverses_by_blocks_are_as_accurate_as_those_of_lapack(n: int, dtype: str) -> None:
+    """JAX's way for general matrices on a CPU, against float64."""
+    xp, eps = JAX.xp, np.finfo(dtype).eps
+    rng = np.random.default_rng(n)
     general = rng.standard_normal((200, n, n)).astype(dtype)
     general[0, 0, 0] = 0.0  # has an inverse, which needs a pivot from n = 2 on
     general[1] = 0.0

@@ -1,6 +1,7 @@
 """Inverses of stacks of small matrices by matrix products, where LAPACK's calls take longer than those.
 
-In JAX on a CPU LAPACK works on one member after another, at a tenth of the rate of a product.
+In JAX on a CPU LAPACK works on one member after another, at a tenth of the rate of a product;
+torch's does so in float32.
 """
 
 from __future__ import annotations
@@ -10,25 +11,36 @@ import sys
 from collections.abc import Callable
 
 from natgrad_array._arrays.control import compiled
-from natgrad_array._arrays.libraries import Array, is_jax
+from natgrad_array._arrays.libraries import Array, is_jax, is_torch
 
 FEWEST = 16
-"""Of so many members on, blocks are faster than LAPACK's calls."""
+"""Of so many members on, blocks are faster than LAPACK's calls on JAX."""
 
-_LEAF = 8
-"""Up to this size matrices are worked on row by row, with the members of the stack on the last axis."""
+_FEWEST_ROWS = 2**12
+"""Of so many rows of all members on, they are so on torch, where every operation takes some microseconds."""
+
+_LARGEST = 128
+"""Larger positive definite matrices are better off with LAPACK's own blocks."""
+
+_LARGEST_GENERAL = 16
+"""Up to here the products that make up for missing pivots pay."""
 
 
 def inverts_by_blocks(a: Array, *, positive: bool = False) -> bool:
-    """Whether `inverse_by_blocks` or `inverse_lower_by_blocks` is the faster way.
-
-    Large matrices lose by them what LAPACK's own blocks are better at, general ones soon the
-    steps that make up for missing pivots.
-    """
+    """Whether `inverse_by_blocks` or `inverse_lower_by_blocks` is the faster way."""
+    n, members = int(a.shape[-1]), math.prod(a.shape[:-2])
+    if is_torch(a) and a.device.type == "cpu":
+        # In float64 LAPACK is as fast between these sizes. What works in place has no derivative.
+        pays = a.dtype.itemsize == 4 or not 8 < n < 64
+        return positive and pays and 1 <= n <= _LARGEST and members * n >= _FEWEST_ROWS and not a.requires_grad
     if not is_jax(a) or sys.modules["jax"].default_backend() != "cpu":
         return False
-    n, members = int(a.shape[-1]), math.prod(a.shape[:-2])
-    return members >= FEWEST and 1 <= n <= (128 if positive else 16)
+    return members >= FEWEST and 1 <= n <= (_LARGEST if positive else _LARGEST_GENERAL)
+
+
+def _leaf(a: Array) -> int:
+    """Up to this size matrices are worked on row by row, with the members of the stack on the last axis."""
+    return 8 if is_jax(a) else 16
 
 
 def inverse_by_blocks(a: Array) -> Array:
@@ -56,16 +68,16 @@ def _in_a_row(function: Callable[[Array], Array], a: Array) -> Array:
     return function(a.reshape(-1, *a.shape[-2:])).reshape(a.shape)
 
 
-def _half(n: int) -> int:
+def _half(a: Array) -> int:
     """Where to cut: leaves are whole but for the last."""
-    return int(_LEAF * 2 ** math.ceil(math.log2(n / _LEAF) - 1))
+    return int(_leaf(a) * 2 ** math.ceil(math.log2(a.shape[-1] / _leaf(a)) - 1))
 
 
 def _inverse(a: Array) -> Array:
     n, jnp = int(a.shape[-1]), sys.modules["jax"].numpy
-    if n <= _LEAF:
+    if n <= _leaf(a):
         return _members_first(_eliminate(_members_last(a)))
-    h = _half(n)
+    h = _half(a)
     first, q = _inverse(a[:, :h, :h]), a[:, :h, h:]
     t = a[:, h:, :h] @ first
     last = _inverse(a[:, h:, h:] - t @ q)
@@ -75,16 +87,20 @@ def _inverse(a: Array) -> Array:
 
 
 def _inverse_lower(a: Array) -> Array:
-    n, jnp = int(a.shape[-1]), sys.modules["jax"].numpy
-    if n <= _LEAF:
-        return _members_first(_eliminate_below(_members_last(a)))
-    h = _half(n)
+    if a.shape[-1] <= _leaf(a):
+        return _members_first(_eliminate_below(_members_last(a))) if is_jax(a) else _eliminate_in_place(a)
+    h = _half(a)
     first = _inverse_lower(a[:, :h, :h])
     t = a[:, h:, :h] @ first.mT
     last = _inverse_lower(a[:, h:, h:] - t @ t.mT)
-    corner = last @ (t @ first)
-    top = jnp.concatenate([first, jnp.zeros_like(corner.mT)], axis=-1)
-    return jnp.concatenate([top, jnp.concatenate([-corner, last], axis=-1)], axis=-2)
+    below = -(last @ (t @ first))
+    if is_jax(a):
+        jnp = sys.modules["jax"].numpy
+        top = jnp.concatenate([first, jnp.zeros_like(below.mT)], axis=-1)
+        return jnp.concatenate([top, jnp.concatenate([below, last], axis=-1)], axis=-2)
+    found = sys.modules["torch"].zeros_like(a, memory_format=sys.modules["torch"].contiguous_format)
+    found[:, :h, :h], found[:, h:, :h], found[:, h:, h:] = first, below, last
+    return found
 
 
 def _members_last(a: Array) -> Array:
@@ -126,3 +142,20 @@ def _eliminate_below(a: Array) -> Array:
     pivots = jnp.diagonal(found, axis1=0, axis2=1).T
     unit = jnp.where((index > index.T)[..., None], found, jnp.eye(n, dtype=a.dtype)[..., None])
     return unit / jnp.sqrt(pivots)[:, None]
+
+
+def _eliminate_in_place(a: Array) -> Array:
+    """`_eliminate_below` on torch, of (members, n, n)."""
+    torch = sys.modules["torch"]
+    a = a.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+    for k in range(a.shape[0] - 1):
+        column = a[k + 1 :, k]
+        share = column / a[k, k]
+        column.zero_()
+        a[k + 1 :].addcmul_(share[:, None], a[k], value=-1)
+        torch.neg(share, out=column)
+    diagonal = a.diagonal(dim1=0, dim2=1)
+    scale = diagonal.rsqrt()
+    a *= scale.mT[:, None]
+    diagonal.copy_(scale)
+    return a.permute(2, 0, 1).tril()
