@@ -5,6 +5,7 @@ Samples lie on axis -2 and features on axis -1; the axes before them are an ense
 
 from __future__ import annotations
 
+import math
 import operator
 from numbers import Real
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ SHRINKAGES = ("ledoit_wolf", "oas")
 
 # With fewer samples than this the mean of centred noise is not small beside its spread.
 MANY_SAMPLES = 64
+
+# A copy of samples that take no more than this stays in a cache: it is made sooner than found out to be needless.
+SMALL_BYTES = 4 * _arrays.PIECE_BYTES
 
 
 # ------------------------------------------------------------------------------ the door
@@ -158,14 +162,15 @@ def covariance(
     float64 (the corrected two-pass algorithm of Chan, Golub and LeVeque 1983).
 
     From 64 samples of equal weight on, members where the square of every feature's mean
-    is at most half of its variance are spared the subtraction: :math:`\langle x x^T \rangle -
+    is at most half of its variance are spared a subtraction: :math:`\langle x x^T \rangle -
     \bar{x} \bar{x}^T` keeps two thirds of what is subtracted from, so that it rounds like the
-    product itself. Where most members look otherwise, in a few of the samples of a few of
-    the members, the mean of about 64 samples is taken off all of them first. Members that
-    do not meet the bound then, with a feature that does not vary for one, are centred
-    twice as above. One or two scalars come to the host for it; under `jax.jit` they are
-    conditionals. So the last digits of a member may depend on what
-    is stacked with it.
+    product itself. Samples of up to 4 MB, a piece of a stack for one, have their mean
+    subtracted once, so that no more than its rounding error is left. Of others the mean of
+    about 64 samples is taken off first where most members look as if they needed it, in a
+    few of the samples of a few of the members; under `jax.jit` that is so at all sizes. Members
+    that do not meet the bound then, with a feature that does not vary for one, are centred
+    twice as above. One or two scalars come to the host for each piece; under `jax.jit` they
+    are conditionals. So the last digits of a member may depend on what is stacked with it.
 
     Of a Dask array every block is looked at once, and blocks are merged by a tree as
     `Moments` are, in any chunks of the samples; features are brought into one chunk. Blocks
@@ -175,7 +180,9 @@ def covariance(
     half of the first term on NumPy, which knows symmetric products; n p more about a few
     samples' mean, and 3 n p more with two centrings. "ledoit_wolf" adds 4 n p, and all
     shrinkage :math:`4 p^2`. The memory is that of a few results without a shift, one copy of
-    the samples with one, and two copies of the members that are centred twice.
+    the samples with one, and two copies of the members that are centred twice. On a CPU
+    NumPy makes a large stack in pieces, as do torch and `jax.jit` from 32 MB on, and the
+    copies are those of a piece.
 
     With :math:`S' = S / \mathrm{tr} S`, :math:`\delta = \lVert S' - I/p \rVert_F^2` (so that
     :math:`\lVert S' \rVert_F^2 = \delta + 1/p`) and
@@ -215,8 +222,10 @@ def covariance(
         def of(part: Array) -> tuple[Array]:
             return (_equally_weighted(xp, part, n - correction, assume_centered, shrinkage),)
 
+        if not (_arrays.is_numpy(x) or _copies_are_slow(xp, x)):
+            return of(x)[0]
         p = int(x.shape[-1])
-        return _arrays.in_pieces(of, (x,), [(p, p)], one_by_one=True)[0]
+        return _arrays.in_pieces(of, (x,), [(p, p)], one_by_one=_arrays.is_numpy(x))[0]
     fractions, _, squares = _normalise(xp, weights)
     divisor = 1.0 - correction * squares
     divisor = xp.where(divisor > 0.0, divisor, xp.nan)[..., None, None]
@@ -435,14 +444,10 @@ class Moments(NamedTuple):
         weight = self.weight + other.weight
         total = xp.where(weight == 0.0, 1.0, weight)
         share = other.weight / total
-        step = other.mean - self.mean
-        # The heavier mean is the one to correct: an empty side then leaves no trace at all.
-        lighter = self.weight < other.weight
-        mean = xp.where(lighter[..., None], other.mean, self.mean)
-        mean += step * xp.where(lighter, -self.weight / total, share)[..., None]
-        step = step * xp.sqrt(self.weight * share)[..., None]
-        scatter = self.scatter + other.scatter
-        scatter += step[..., :, None] * step[..., None, :]
+        # An empty side leaves no trace at all.
+        mean = _arrays.lerp(xp, self.mean, other.mean, share[..., None])
+        step = (other.mean - self.mean) * xp.sqrt(self.weight * share)[..., None]
+        scatter = _arrays.add_outer(xp, self.scatter + other.scatter, step[..., None, :])
         return Moments(xp.asarray(weight), xp.asarray(self.weight_squared + other.weight_squared), mean, scatter)
 
     def discount(self, factor: float | Array, /) -> Moments:
@@ -625,7 +630,7 @@ def _normalise(xp: Namespace, weights: Array) -> tuple[Array, Array, Array]:
 
 def _mean(xp: Namespace, x: Array, fractions: Array | None) -> Array:
     """Mean over samples, shape (*batch, 1, p)."""
-    return _arrays.sum_rows(xp, x) / x.shape[-2] if fractions is None else fractions[..., None, :] @ x
+    return _arrays.mean_rows(xp, x) if fractions is None else fractions[..., None, :] @ x
 
 
 def _centre(xp: Namespace, x: Array, fractions: Array | None) -> tuple[Array, Array]:
@@ -641,19 +646,37 @@ def _centre(xp: Namespace, x: Array, fractions: Array | None) -> tuple[Array, Ar
 def _centred_gram(xp: Namespace, x: Array, divisor: float, *, kurtosis: bool = False) -> tuple[Array, ...]:
     """The sum of (x − mean)(x − mean)ᵀ over `divisor`, and the mean, shape (*batch, 1, p), or the `_spread` if asked.
 
-    A centred copy costs more than the product itself where memory is slow, so it is made
-    only of samples that need one: see `covariance`.
+    A centred copy costs more than the product itself where memory is slow, so of many samples
+    it is made only if they need one: see `covariance`. In a trace all branches are compiled,
+    and a copy is fused with what reads it.
     """
     if _arrays.is_dask(x) and x.shape[-1]:
         return _by_blocks(x, divisor, kurtosis)
     if x.shape[-2] < MANY_SAMPLES or not _arrays.can_branch(x):
         return _two_pass(xp, x, divisor, kurtosis)
-    flags, *values = _arrays.branch(
-        _looks_centred(xp, x),
-        lambda: _one_pass(xp, x, divisor, kurtosis),
-        lambda: _shifted(xp, x, divisor, kurtosis),
-    )
+    if not _arrays.is_lazy(x) and _bytes(xp, x.shape, x) <= SMALL_BYTES:
+        small, *values = _shifted(xp, x, x, divisor, kurtosis)
+    else:
+        small, *values = _arrays.branch(
+            _looks_centred(xp, x),
+            lambda: _one_pass(xp, x, divisor, kurtosis),
+            lambda: _shifted(xp, x, _some(x), divisor, kurtosis),
+        )
+    if _arrays.eager_all(xp, small):
+        return tuple(values)
+    flags = ~xp.all(small, axis=-1)
     return _arrays.repair(xp, flags, tuple(values), (x,), lambda part: _two_pass(xp, part, divisor, kurtosis))
+
+
+def _bytes(xp: Namespace, shape: Shape, x: Array) -> int:
+    """What an array of this shape and of the dtype of `x` takes."""
+    return math.prod(shape) * _arrays.item_bytes(xp, x)
+
+
+def _copies_are_slow(xp: Namespace, x: Array) -> bool:
+    """Whether a copy of the whole stack leaves the caches, and one of a few members does not."""
+    whole, member = _bytes(xp, x.shape, x), _bytes(xp, x.shape[-2:], x)
+    return whole >= 8 * SMALL_BYTES and member <= SMALL_BYTES
 
 
 def _two_pass(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
@@ -674,27 +697,28 @@ def _weighted_gram(xp: Namespace, x: Array, fractions: Array, divisor: Any) -> t
 
 
 def _one_pass(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
-    """Members whose mean is not small beside their spread, and `_centred_gram` of the others."""
+    """Features whose mean is small beside their spread, and `_centred_gram` of members that have no others."""
     n = x.shape[-2]
-    mean = _mean(xp, x, None)
+    total = _arrays.sum_rows(xp, x)
+    mean = total / n
     # The square root of n in both factors: the product is then the same from both sides of the diagonal.
-    gram = _arrays.gram(xp, x, divisor, less=mean * n**0.5)
-    squares = _diagonal(xp, gram)
+    less = total / n**0.5
+    gram = _arrays.gram(xp, x, divisor, less=less)
     # With mean² ≤ variance / 2 two thirds are left of what the mean was taken from.
-    flags = ~xp.all((2.0 * n / divisor) * mean[..., 0, :] ** 2 <= squares, axis=-1)
+    small = ((2.0 / divisor) * less * less)[..., 0, :] <= _diagonal(xp, gram)
     if not kurtosis:
-        return flags, gram, mean
+        return small, gram, mean
     lengths = xp.vecdot(x, x)
     lengths -= (x @ xp.matrix_transpose(2.0 * mean))[..., 0]
     lengths += xp.vecdot(mean, mean)
-    return flags, gram, _spread(xp, lengths, gram)
+    return small, gram, _spread(xp, lengths, gram)
 
 
-def _shifted(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
-    """`_one_pass` after the mean of a few samples has been taken off."""
-    shift = _mean(xp, _some(x), None)
-    flags, gram, other = _one_pass(xp, x - shift, divisor, kurtosis)
-    return flags, gram, other if kurtosis else other + shift
+def _shifted(xp: Namespace, x: Array, few: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
+    """`_one_pass` after the mean of a few samples, or of all of them, has been taken off."""
+    shift = _mean(xp, few, None)
+    small, gram, other = _one_pass(xp, x - shift, divisor, kurtosis)
+    return small, gram, other if kurtosis else other + shift
 
 
 def _some(x: Array) -> Array:

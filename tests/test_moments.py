@@ -251,7 +251,9 @@ def ways(n: int, dtype: str = "float64") -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("n", [64, 65, 127, 300])
 @pytest.mark.parametrize("name", ways(64))
-def test_many_samples_with_and_without_a_mean(everywhere, dtype, name, n):
+def test_many_samples_with_and_without_a_mean(everywhere, dtype, name, n, monkeypatch):
+    if n in (65, 300):  # as if they were too many to be copied unseen
+        monkeypatch.setattr("natgrad_array.moments.SMALL_BYTES", 0)
     x = ways(n, dtype if everywhere.float64 else "float32")[name]
     given_x = everywhere.asarray(x)
 
@@ -280,7 +282,9 @@ def test_many_samples_with_and_without_a_mean(everywhere, dtype, name, n):
 
 @pytest.mark.parametrize("shrinkage", SHRINKERS)
 @pytest.mark.parametrize("name", ways(64))
-def test_estimated_shrinkage_of_many_samples(everywhere, dtype, name, shrinkage):
+def test_estimated_shrinkage_of_many_samples(everywhere, dtype, name, shrinkage, monkeypatch):
+    if dtype == "float32":  # as if they were too many to be copied unseen
+        monkeypatch.setattr("natgrad_array.moments.SMALL_BYTES", 0)
     x = ways(150, dtype if everywhere.float64 else "float32")[name]
     actual = everywhere.to_numpy(everywhere.call(covariance, everywhere.asarray(x), shrinkage=shrinkage))
     for b in range(6):
@@ -306,7 +310,7 @@ def test_a_bad_sample_among_many(backend, mean, bad):
 
 @pytest.mark.parametrize("shrinkage", [None, "ledoit_wolf", "oas", "moments"])
 @pytest.mark.parametrize("name", ["none", "all", "one", "near"])
-def test_gradients_of_many_samples(name, shrinkage):
+def test_gradients_of_many_samples(name, shrinkage, monkeypatch):
     import jax
 
     torch = pytest.importorskip("torch")
@@ -328,11 +332,41 @@ def test_gradients_of_many_samples(name, shrinkage):
     value(leaf).backward()
     for gradient in (leaf.grad.numpy(), np.asarray(jax.grad(value)(JAX.asarray(x)))):
         np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-7)
+    monkeypatch.setattr("natgrad_array.moments.SMALL_BYTES", 0)
+    other = torch.asarray(x.copy(), requires_grad=True)
+    value(other).backward()
+    np.testing.assert_allclose(other.grad.numpy(), leaf.grad.numpy(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("shrinkage", [None, "ledoit_wolf"])
+def test_members_of_a_stack_in_pieces_keep_their_places(shrinkage):
+    pytest.importorskip("torch")
+    x = np.random.default_rng(0).standard_normal((2, 171, 1100, 12))
+    x *= np.linspace(1.0, 9.0, 342).reshape(2, 171, 1, 1)
+    x += np.linspace(-1e3, 1e6, 342).reshape(2, 171, 1, 1)
+    x[0, 1, ::2] += 50.0  # what some of the samples say of the others is wrong
+    x[1, 160, :, 3] = 0.1
+    deviation = x - x[..., :1, :]
+    deviation -= deviation.mean(-2, keepdims=True)
+    expected = np.swapaxes(deviation, -1, -2) @ deviation / 1100
+    if shrinkage:
+        chosen = [(0, 0), (0, 1), (0, 170), (1, 3), (1, 160), (1, 170)]
+        expected = np.stack([SHRINKERS[shrinkage](deviation[member])[0] for member in chosen])
+    x[1, 7, 1000, 2] = np.nan
+    for backend in BACKENDS:
+        if backend.name in ("torch", "jax-jit"):
+            found = backend.to_numpy(backend.call(covariance, backend.asarray(x), shrinkage=shrinkage))
+            np.testing.assert_array_equal(found, np.swapaxes(found, -1, -2))
+            assert np.isnan(found[1, 7, 2, 2])
+            assert np.isnan(found).any((-1, -2)).sum() == 1
+            found = np.stack([found[member] for member in chosen]) if shrinkage else found
+            good = ~np.isnan(found).any((-1, -2))
+            assert_close(found[good], expected[good], 1e-9)
 
 
 def test_no_samples_are_copied_without_need():
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((4, 50_000, 8))
+    x = rng.standard_normal((4, 70_000, 8))
     far = x + 5.0
     worst = far.copy()
     worst[:3, :, 0] = 0.3
@@ -391,6 +425,25 @@ def test_sum_rows_and_diagonals(everywhere, dtype):
             own = xp.matrix_transpose(everywhere.asarray(layout(a).swapaxes(-1, -2))) + 0.0
             actual = everywhere.call(lambda a, v: _arrays.add_to_diagonal(xp, a, v), own, value)
             assert_close(everywhere.to_numpy(actual), a.astype(float) + expected * np.eye(3))
+
+
+def test_means_outer_products_and_points_between(everywhere, dtype):
+    x, row, a = samples(2, 9, 4, dtype=dtype), samples(2, 1, 4, dtype=dtype), samples(2, 5, 4, seed=1, dtype=dtype)
+    share = np.asarray([0.0, 0.25, 0.5, 0.8, 1.0], dtype)[:, None]
+    b = (samples(2, 5, 4, seed=2) * 1e6).astype(dtype)
+    given = everywhere.asarrays(x, row, a, b, share)
+
+    def run(x: Any, row: Any, a: Any, b: Any, share: Any) -> tuple[Any, ...]:
+        xp = _arrays.namespace(x)
+        outer = _arrays.add_outer(xp, xp.matrix_transpose(x) @ x, row, -2.0)
+        return _arrays.mean_rows(xp, x), outer, _arrays.lerp(xp, a, b, share)
+
+    mean, outer, between = (everywhere.to_numpy(result) for result in everywhere.call(run, *given))
+    assert_close(mean, x.astype(float).mean(-2, keepdims=True))
+    assert_close(outer, np.swapaxes(x, -1, -2).astype(float) @ x - 2.0 * np.swapaxes(row, -1, -2).astype(float) * row)
+    assert_close(between, (1.0 - share.astype(float)) * a + share.astype(float) * b)
+    np.testing.assert_array_equal(between[:, 0], a[:, 0].astype(between.dtype))
+    np.testing.assert_array_equal(between[:, 4], b[:, 4].astype(between.dtype))
 
 
 def test_branch_takes_one_way(backend):

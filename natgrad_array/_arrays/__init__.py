@@ -87,6 +87,7 @@ from natgrad_array._arrays.random import (
 )
 from natgrad_array._arrays.repairs import repair
 from natgrad_array._arrays.routines import (
+    add_outer,
     add_to_diagonal,
     block_matrix,
     by_halving,
@@ -95,6 +96,8 @@ from natgrad_array._arrays.routines import (
     has_fast_inverse,
     inverse,
     inverse_of_factored,
+    lerp,
+    mean_rows,
     merges_products,
     nan_unless_factor,
     norms,
@@ -118,6 +121,7 @@ __all__ = [
     "Namespace",
     "Range",
     "Shape",
+    "add_outer",
     "add_to_diagonal",
     "asarray_like",
     "available_bytes",
@@ -172,7 +176,9 @@ __all__ = [
     "is_torch",
     "item_bytes",
     "key_data",
+    "lerp",
     "library",
+    "mean_rows",
     "merges_products",
     "namespace",
     "nan_unless_factor",

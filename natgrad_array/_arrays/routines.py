@@ -31,24 +31,36 @@ def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None
     """A new (xᵀx − lessᵀ less) / divisor, exactly symmetric; `less` is a row.
 
     NumPy knows the product of a matrix with its own transpose, computes half of it and
-    mirrors that, so that no mean of both halves is needed. torch takes the row off in one
-    pass over memory.
+    mirrors that, so that no mean of both halves is needed.
     """
-    if is_numpy(x) and _blas_layout(x):
-        product = xp.matrix_transpose(x) @ x
-        if less is not None:
-            product -= less.mT * less
-        product /= divisor
-        return product
-    product = xp.matrix_transpose(x) @ x
-    # Halved after the sum: XLA would fuse the two halves into one rounding and one exact product.
-    product = product + xp.matrix_transpose(product)
-    if less is not None and is_torch(x):
-        product = sys.modules["torch"].addcmul(product, less.mT, less, value=-2)
-    elif less is not None:
-        product -= 2.0 * (xp.matrix_transpose(less) * less)
-    product /= 2 * divisor
+    product, halves = xp.matrix_transpose(x) @ x, 1
+    if not (is_numpy(x) and _blas_layout(x)):
+        # Halved after the sum: XLA would fuse the two halves into one rounding and one exact product.
+        product, halves = product + xp.matrix_transpose(product), 2
+    if less is not None:
+        product = add_outer(xp, product, less, -halves)
+    product /= halves * divisor
     return product
+
+
+def add_outer(xp: Namespace, a: Array, row: Array, factor: float = 1.0) -> Array:
+    """`a`, which is the caller's own, with rowᵀ row times ±1 or ±2 added: what is symmetric stays so.
+
+    torch does it in one pass over memory.
+    """
+    column = xp.matrix_transpose(row)
+    if is_torch(a):
+        return a.addcmul_(column, row, value=factor)
+    a += (factor * column) * row
+    return a
+
+
+def lerp(xp: Namespace, a: Array, b: Array, share: Array) -> Array:
+    """The point a + share (b − a), from the nearer end on: a itself at 0 and b itself at 1, to the last bit."""
+    if is_torch(a):
+        return sys.modules["torch"].lerp(a, b, share)
+    nearer = share < 0.5
+    return xp.where(nearer, a, b) + (b - a) * xp.where(nearer, share, share - 1.0)
 
 
 def _blas_layout(x: np.ndarray[Any, Any]) -> bool:
@@ -62,12 +74,17 @@ def _blas_layout(x: np.ndarray[Any, Any]) -> bool:
 def sum_rows(xp: Namespace, x: Array) -> Array:
     """The sum over axis -2, kept as an axis of length one.
 
-    A product with ones is faster than the strided sum on NumPy, and slower on JAX, whose
-    compiler fuses the sum with what is around it.
+    A product with ones is faster than the strided sum on NumPy, and slower on torch and on
+    JAX, whose compiler fuses the sum with what is around it.
     """
-    if is_jax(x):
+    if is_jax(x) or is_torch(x):
         return xp.sum(x, axis=-2, keepdims=True)
     return xp.ones((1, x.shape[-2]), dtype=x.dtype, device=device(x)) @ x
+
+
+def mean_rows(xp: Namespace, x: Array) -> Array:
+    """`sum_rows` over their number."""
+    return xp.mean(x, axis=-2, keepdims=True) if is_torch(x) else sum_rows(xp, x) / x.shape[-2]
 
 
 def reduce_blocks(
