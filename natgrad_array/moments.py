@@ -164,13 +164,13 @@ def covariance(
     From 64 samples of equal weight on, members where the square of every feature's mean
     is at most half of its variance are spared a subtraction: :math:`\langle x x^T \rangle -
     \bar{x} \bar{x}^T` keeps two thirds of what is subtracted from, so that it rounds like the
-    product itself. Samples of up to 4 MB, a piece of a stack for one, have their mean
-    subtracted once, so that no more than its rounding error is left. Of others the mean of
-    about 64 samples is taken off first where most members look as if they needed it, in a
-    few of the samples of a few of the members; under `jax.jit` that is so at all sizes. Members
-    that do not meet the bound then, with a feature that does not vary for one, are centred
-    twice as above. One or two scalars come to the host for each piece; under `jax.jit` they
-    are conditionals. So the last digits of a member may depend on what is stacked with it.
+    product itself. The mean of about 64 samples (on torch of all) is taken off first: of
+    samples of up to 4 MB, a piece of a stack for one, always; of others, and under `jax.jit`,
+    where most members look as if they needed it, in a few of the samples of a few of the
+    members. Members that do not meet the bound then, with a feature that does not vary for
+    one, are centred twice as above. One or two scalars come to the host for each piece; under
+    `jax.jit` they are conditionals. So the last digits of a member may depend on what is
+    stacked with it.
 
     Of a Dask array every block is looked at once, and blocks are merged by a tree as
     `Moments` are, in any chunks of the samples; features are brought into one chunk. Blocks
@@ -655,7 +655,9 @@ def _centred_gram(xp: Namespace, x: Array, divisor: float, *, kurtosis: bool = F
     if x.shape[-2] < MANY_SAMPLES or not _arrays.can_branch(x):
         return _two_pass(xp, x, divisor, kurtosis)
     if not _arrays.is_lazy(x) and _bytes(xp, x.shape, x) <= SMALL_BYTES:
-        small, *values = _shifted(xp, x, x, divisor, kurtosis)
+        # torch reads all samples once in the time that it takes for a few of them.
+        few = x if _arrays.is_torch(x) else _some(x)
+        small, *values = _shifted(xp, x, few, divisor, kurtosis)
     else:
         small, *values = _arrays.branch(
             _looks_centred(xp, x),
