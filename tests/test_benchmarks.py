@@ -101,6 +101,78 @@ def test_layerwise_peers_are_correct_in_every_regime(name, noise):
         assert measure.relative_difference(variant(layers, known), expected).max() < 1e-10, label
 
 
+class Counted:
+    """Products and inverses, with their sizes written down."""
+
+    def __init__(self):
+        self.products, self.inverses = [], []
+
+    def times(self, a, *others):
+        for b in others:
+            self.products.append("x".join(map(str, (*a.shape[-2:], b.shape[-1]))))
+            a = a @ b
+        return a
+
+    def inverse(self, a):
+        self.inverses.append(str(a.shape[-1]))
+        return np.linalg.inv(a)
+
+
+def contracting(count, layers, moment, optimum):
+    w1, w2, w3 = layers
+    seen = count.times(w1, moment)
+    first = count.times(seen, w1.mT)
+    second = count.times(count.times(w2, first), w2.mT)
+    ahead = count.times(w3, w2)
+    last, both = count.times(w3, w3.mT), count.times(ahead, ahead.mT)
+    error = count.times(ahead, w1) - optimum
+    onto_first = count.times(error, seen.mT)
+    onto_second = count.times(onto_first, w2.mT)
+    return (
+        count.times(ahead.mT, count.times(count.inverse(both), error)),
+        count.times(w3.mT, count.times(count.inverse(last), count.times(onto_first, count.inverse(first)))),
+        count.times(onto_second, count.inverse(second)),
+    )
+
+
+def expanding(count, layers, moment, optimum):
+    w1, w2, w3 = layers
+    last = count.times(w3.mT, w3)
+    both = count.times(count.times(w2.mT, last), w2)
+    behind = count.times(w2, w1)
+    first, second = count.times(w1.mT, w1), count.times(behind.mT, behind)
+    error = count.times(w3, behind) - optimum
+    onto_last = count.times(w3.mT, error)
+    onto_both = count.times(w2.mT, onto_last)
+    return (
+        count.times(count.inverse(both), onto_both),
+        count.times(count.inverse(last), onto_last, count.inverse(first), w1.mT),
+        count.times(error, count.inverse(second), behind.mT),
+    )
+
+
+def waisted(count, layers, moment, optimum):
+    w1, w2 = layers
+    front, seen = count.inverse(count.times(w2.mT, w2)), count.times(w1, moment)
+    back = count.inverse(count.times(seen, w1.mT))
+    return (
+        w1 - count.times(front, count.times(w2.mT, optimum)),
+        w2 - count.times(back, count.times(w1, moment @ optimum.mT)).mT,
+    )
+
+
+@pytest.mark.parametrize("way", [contracting, expanding, waisted])
+def test_the_arithmetic_alone_is_that_of_a_way_that_is_correct(way):
+    sizes = {contracting: (48, 32, 24, 16), expanding: (16, 24, 32, 48), waisted: (32, 8, 32)}[way]
+    layers, task, known = contests.network(backends.connect("numpy"), "float64", sizes, 2, "orthogonal", "identity")
+    count = Counted()
+    directions = tuple(d / len(layers) for d in way(count, layers, known.moment, known.optimum))
+    assert measure.relative_difference(directions, ng.deep_linear.natural_gradient(layers, task)).max() < 1e-10
+    products, inverses = (words.split() for words in peers.ARITHMETIC[sizes])
+    assert sorted(products) == sorted(count.products)
+    assert sorted(inverses) == sorted(count.inverses)
+
+
 def test_written_rule_needs_its_cutoff_at_a_bottleneck(monkeypatch):
     """In float32 the cut-off n·eps tells rank from rounding, NumPy's own default does not."""
     sizes = NETWORKS["bottleneck"]

@@ -1278,7 +1278,7 @@ _SIZES_BY_BLOCKS = {
 )
 def test_positive_inverses_by_blocks_are_as_accurate_as_those_of_lapack(backend: Backend, dtype: str, n: int) -> None:
     """On a CPU, against float64, at a condition of 1e3, and with members that are not positive definite."""
-    members = 20 if backend.name == "jax" else -(-(2**12) // n)
+    members = 20 if backend.name == "jax" else -(-(2**13) // n)
     rng = np.random.default_rng(n)
     basis = np.linalg.qr(rng.standard_normal((members, n, n)))[0]
     positive = ((basis * np.geomspace(1.0, 1e-3, n)) @ basis.mT).astype(dtype)
@@ -1308,7 +1308,7 @@ def test_what_needs_a_derivative_is_not_inverted_by_blocks_in_place() -> None:
     """torch's blocks have none."""
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((512, 8, 12)).astype(np.float32)
+    x = rng.standard_normal((1024, 8, 12)).astype(np.float32)
     a = torch.asarray(x @ x.mT)
     assert _arrays.inverts_by_blocks(a, positive=True)
     linalg.positive_inverse(_arrays.namespace(a), a.requires_grad_())[0].sum().backward()

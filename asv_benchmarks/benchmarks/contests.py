@@ -190,8 +190,9 @@ def layerwise(
     ]
     for label, variant in peers.layerwise_experts(backend.xp, sizes).items():
         entries.append(Contestant(label, "expert", variant, (layers, known)))
-    function, arguments = peers.factorisations(backend.xp, layers)
-    entries.append(Contestant("factorisations alone", "other", function, arguments))
+    condition = "good" if weights == "orthogonal" else "pairs" if dtype == "float64" else "layers"
+    if (bare := peers.arithmetic(backend.xp, layers, condition=condition)) is not None:
+        entries.append(Contestant("arithmetic alone", "other", *bare))
     if own and backend.name == "jax":
         entries.append(Contestant("within a jit", "other", _natural("layerwise"), (layers, task)))
     return [*entries, _product(layers)]

@@ -276,19 +276,64 @@ def written_and_error(xp: Any, weights: Weights, known: Known) -> tuple[Weights,
     return written(xp, weights, known), product - known.optimum
 
 
-def factorisations(xp: Any, weights: Weights) -> tuple[Callable[..., Weights], Weights]:
-    """What every way to Eq 42 on the weights cannot do without, and its arguments: no product, no check.
+ARITHMETIC: dict[tuple[int, ...], tuple[str, str]] = {
+    # T = W_1 Σ, T W_1ᵀ, W_2 (T W_1ᵀ) W_2ᵀ; W_3 W_2 and the Gram matrices of it and W_3; the error Y, its product
+    # with Tᵀ and that with W_2ᵀ; with an inverse each, and two inverses and W_3ᵀ; with an inverse and (W_3 W_2)ᵀ.
+    (48, 32, 24, 16): (
+        "32x48x48 32x48x32 24x32x32 24x32x24 16x24x32 16x24x16 16x32x16 16x32x48 16x48x32 16x32x24 "
+        "16x24x24 16x32x32 16x16x32 24x16x32 16x16x48 32x16x48",
+        "32 24 16 16",
+    ),
+    # The same from the other side, where moments cancel.
+    (16, 24, 32, 48): (
+        "32x48x32 24x32x32 24x32x24 32x24x16 16x24x16 16x32x16 48x32x16 32x48x16 24x32x16 24x24x16 "
+        "32x32x16 32x16x16 32x16x24 48x16x16 48x16x32",
+        "32 24 16 16",
+    ),
+    # W_2ᵀ W_2, W_1 Σ, W_1 Σ W_1ᵀ, W_2ᵀ W* and W_1 Σ W*ᵀ, each of these two with an inverse.
+    (32, 8, 32): ("8x32x8 8x32x32 8x32x8 8x32x32 8x32x32 8x8x32 8x8x32", "8 8"),
+}
+"""The sides m × n × p of products and n of inverses, the fewest that are known to give Eq 42 for these widths."""
 
-    The inverse of each layer of a square network (one of W will do where W is well
-    conditioned); for other shapes the inverse of the smaller Gram matrix of each partial
-    product, by the library's own means.
+
+def arithmetic(
+    xp: Any, weights: Weights, *, condition: str
+) -> tuple[Callable[..., Weights], tuple[Weights, ...]] | None:
+    """The products and inverses that no known way to Eq 42 does without, on any matrices of the same shapes.
+
+    Nothing is added, copied or checked, and nothing depends on anything before it. For square
+    networks: one inverse and 3L products where W is well conditioned ("good"); L/2 inverses
+    and 4L − 4 products where each two layers are ("pairs"); L and 3L − 4 where layers are
+    ("layers"). None for widths that nobody has counted.
     """
-    if len({size for layer in weights for size in layer.shape[-2:]}) == 1:
-        return (lambda *layers: tuple(xp.linalg.inv(layer) for layer in layers)), weights
-    ahead, behind = _partial_products(weights)
-    factors = [factor for factor in (*ahead, *behind) if factor is not None]
-    grams = tuple(x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x for x in factors)
-    return (lambda *given: tuple(inverse(xp, a) for a in given)), grams
+    sizes = (int(weights[0].shape[-1]), *(int(layer.shape[-2]) for layer in weights))
+    depth, batch = len(weights), int(weights[0].shape[0])
+    if len(set(sizes)) == 1:
+        inverses, count = {
+            "good": (1, 3 * depth),
+            "pairs": (-(-depth // 2), 4 * depth - 4),
+            "layers": (depth, 3 * depth - 4),
+        }[condition]
+        pairs = tuple((weights[i % depth], weights[(i + 1) % depth]) for i in range(count))
+        return _bare(xp, xp.linalg.inv), (pairs, weights[:inverses])
+    if sizes not in ARITHMETIC:
+        return None
+    shapes, sides = ([tuple(map(int, word.split("x"))) for word in words.split()] for words in ARITHMETIC[sizes])
+    numbers = xp.concatenate([layer.reshape(-1) for layer in weights])
+
+    def matrices(m: int, n: int) -> Array:
+        repeats = -(-batch * m * n // numbers.shape[0])
+        return xp.concatenate([numbers] * repeats)[: batch * m * n].reshape(batch, m, n)
+
+    grams = tuple(matrices(n, 2 * n) for (n,) in sides)
+    return _bare(xp, functools.partial(inverse, xp)), (
+        tuple((matrices(m, n), matrices(n, p)) for m, n, p in shapes),
+        tuple(x @ x.mT for x in grams),
+    )
+
+
+def _bare(xp: Any, invert: Callable[[Array], Array]) -> Callable[..., Weights]:
+    return lambda pairs, square: (*(a @ b for a, b in pairs), *(invert(a) for a in square))
 
 
 # ------------------------------------------------------------ Moore–Penrose natural gradient

@@ -16,7 +16,7 @@ from natgrad_array._arrays.libraries import Array, is_jax, is_torch
 FEWEST = 16
 """Of so many members on, blocks are faster than LAPACK's calls on JAX."""
 
-_FEWEST_ROWS = 2**12
+_FEWEST_ROWS = 2**13
 """Of so many rows of all members on, they are so on torch, where every operation takes some microseconds."""
 
 _LARGEST = 128
