@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import array_api_extra as xpx
+import numpy as np
 
 from natgrad_array._arrays.control import compiled
 from natgrad_array._arrays.libraries import (
@@ -47,24 +49,27 @@ def repair(
 
     Notes
     -----
-    On eager arrays a scalar or two come to the host, and only flagged members are
+    On eager arrays a scalar or two come to the host, on JAX the flags, and only flagged members are
     computed again. A JAX trace has one conditional of three ways: nothing, a sixteenth of
     the stack or the whole of it, sixteenth by sixteenth, is computed again.
     """
     batch = tuple(flags.shape)
     if is_lazy(flags):
         return _repair_traced(xp, flags, values, arguments, slow)
-    if not bool(xp.any(flags)):
+    # On JAX each look at flags would take longer than to bring all of them to the host.
+    looked = np.asarray(flags) if is_jax(flags) else flags
+    at = namespace(looked)
+    if not bool(at.any(looked)):
         return values
-    if bool(xp.all(flags)):
+    if bool(at.all(looked)):
         return slow(*arguments)
     if not any(test(flags) for test in _WRITABLE):
         # The standard has no assignment by index: everything is computed again, and chosen.
         flagged = flags[..., None, None]
         return tuple(xp.where(flagged, new, old) for new, old in zip(slow(*arguments), values, strict=True))
-    (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)))
+    (chosen,) = at.nonzero(at.reshape(looked, (-1,)))
     if is_jax(flags):
-        chosen = _padded(xp, chosen, math.prod(batch))
+        chosen = xp.asarray(_padded(chosen, math.prod(batch)))
     # On JAX a function each: a dozen small ones take longer than a few members do.
     new = slow(*compiled(_members, batch, flags, arguments, chosen))
     repaired: tuple[Array, ...] = compiled(_put, batch, flags, values, new, chosen)
@@ -118,11 +123,11 @@ def _repair_traced(
     return result
 
 
-def _padded(xp: Namespace, chosen: Array, members: int) -> Array:
+def _padded(chosen: np.ndarray[Any, Any], members: int) -> np.ndarray[Any, Any]:
     """Some indices with the first repeated, a quarter at most beyond 16: JAX compiles anew for every number of them."""
-    step = max(16, 2 ** (chosen.shape[0].bit_length() - 3))
-    count = min(members, -(-chosen.shape[0] // step) * step)
-    return xp.concat([chosen, xp.broadcast_to(chosen[:1], (count - chosen.shape[0],))])
+    step = max(16, 2 ** (chosen.size.bit_length() - 3))
+    count = min(members, -(-chosen.size // step) * step)
+    return np.concatenate([chosen, np.repeat(chosen[:1], count - chosen.size)])
 
 
 def _in_a_row(xp: Namespace, array: Array, batch: Shape) -> Array:
