@@ -392,12 +392,25 @@ def inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
 def inverse_without_pivots(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """`inverse` by matrix products where these are faster, with the bound Inf where it may not be as accurate.
 
-    Without pivots a few members lose digits in any stack. A step of Newton, X + X (1 − AX),
-    squares their residual, and where its square is below eps times the condition number, no
-    more is lost than with pivots.
+    One member in 128 has pivots after all: most stacks need no more, and are spared another way.
     """
     if not _arrays.inverts_by_blocks(a):
         return inverse(xp, a)
+    result, condition = _by_blocks(xp, a)
+    batch = tuple(condition.shape)
+    places, (few,) = _arrays.first_flagged(xp, xp.isinf(condition), (a,), -(-math.prod(batch) // 128))
+    new, bound = inverse(xp, few)
+    values, new_values = (result, condition[..., None, None]), (new, bound[..., None, None])
+    result, condition = _arrays.put_back(xp, batch, values, new_values, places)
+    return result, condition[..., 0, 0]
+
+
+def _by_blocks(xp: Namespace, a: Array) -> tuple[Array, Array]:
+    """Inverses without pivots, by which a few members of any stack lose digits, and bounds that are Inf for those.
+
+    A step of Newton, X + X (1 − AX), squares their residual, and where its square is below
+    eps times the condition number, no more is lost than with pivots.
+    """
     result, identity = _arrays.inverse_by_blocks(a), _arrays.eye(xp, a.shape[-1], a)
     # In float32 one step leaves some members wrong in every large stack, and a product costs little there.
     for _ in range(1 if _arrays.item_bytes(xp, a) == 8 else 2):
@@ -409,9 +422,9 @@ def inverse_without_pivots(xp: Namespace, a: Array) -> tuple[Array, Array]:
 
 
 def inverses(xp: Namespace, arrays: tuple[Array, ...], *, pivots: bool = True) -> list[tuple[Array, Array]]:
-    """`inverse` of several stacks of square matrices of one size, or `inverse_without_pivots`."""
+    """`inverse` of several stacks of square matrices of one size; without pivots, where that is allowed and faster."""
     if not pivots and all(_arrays.inverts_by_blocks(a) for a in arrays):
-        return [inverse_without_pivots(xp, a) for a in arrays]
+        return [_by_blocks(xp, a) for a in arrays]
     if not _arrays.calls_may_meet(arrays[0], len(arrays)):
         return [inverse(xp, a) for a in arrays]
     n = arrays[0].shape[-1]

@@ -463,6 +463,20 @@ def test_layers_are_inverted_by_one_call_where_calls_may_wait_for_each_other(
         assert np.all(np.asarray(condition) >= np.linalg.cond(layer))
 
 
+def test_blocks_of_several_layers_have_no_call_of_lapack() -> None:
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(5)
+    layers = tuple(jax.numpy.asarray(rng.standard_normal((*batch, 3, 3))) for batch in ((20, 1), (16,), (64,)))
+
+    def invert(*layers: Any) -> Any:
+        return linalg.inverses(jax.numpy, layers, pivots=False)
+
+    assert not re.findall(r"= lu\b", str(jax.make_jaxpr(invert)(*layers)))
+    for (inverse, condition), layer in zip(invert(*layers), layers, strict=True):
+        np.testing.assert_allclose(inverse @ layer, np.broadcast_to(np.eye(3), layer.shape), atol=1e-10)
+        assert np.all(np.asarray(condition) >= np.linalg.cond(layer))
+
+
 @pytest.mark.parametrize("sizes", [(128, 96, 80, 64), (64, 128, 64)], ids=str)
 def test_what_jax_compiles_whole_has_no_call_of_lapack(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Several calls in one function could wait for each other for ever; pieces may not become too short for blocks."""

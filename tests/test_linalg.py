@@ -1323,14 +1323,17 @@ def test_inverses_by_blocks_are_as_accurate_as_those_of_lapack(n: int, dtype: st
     """JAX's way for general matrices on a CPU, against float64."""
     xp, eps = JAX.xp, np.finfo(dtype).eps
     rng = np.random.default_rng(n)
-    general = rng.standard_normal((200, n, n)).astype(dtype)
-    general[0, 0, 0] = 0.0  # has an inverse, which needs a pivot from n = 2 on
-    general[1] = 0.0
-    general[2, 0, 0] = np.nan
+    general = rng.standard_normal((260, n, n)).astype(dtype)
+    general[0] = 0.0
+    general[1, 0, 0] = np.nan
+    general[2, 0, 0] = 0.0  # has an inverse from n = 2 on, which needs a pivot: three members in 260 get it
     general[3, 0, 0] = 30 * eps  # loses nearly all digits without a pivot, and comes out finite
+    general[4, 0, 0] = 0.0  # is left without
     inverse, condition = linalg.inverse_without_pivots(xp, JAX.asarrays(general)[0])
     certified = np.isfinite(JAX.to_numpy(condition))
-    assert not certified[:3].any()
+    assert not certified[:2].any()
+    assert certified[2] == (n > 1)
+    assert not certified[4]
     assert certified.mean() > 0.9
     general, inverse = general[certified].astype(np.float64), JAX.to_numpy(inverse)[certified]
     exact = np.linalg.inv(general)

@@ -85,7 +85,7 @@ from natgrad_array._arrays.random import (
     split_rng,
     standard_normal,
 )
-from natgrad_array._arrays.repairs import repair
+from natgrad_array._arrays.repairs import first_flagged, put_back, repair
 from natgrad_array._arrays.routines import (
     add_outer,
     add_to_diagonal,
@@ -156,6 +156,7 @@ __all__ = [
     "eye",
     "finish",
     "finite_members",
+    "first_flagged",
     "gram",
     "has_fast_inverse",
     "in_pieces",
@@ -189,6 +190,7 @@ __all__ = [
     "plainly_finite",
     "plus_transpose",
     "promote",
+    "put_back",
     "quiet",
     "reduce_blocks",
     "register_pytree",

@@ -97,13 +97,8 @@ def _repair_traced(
         return tuple(xp.broadcast_to(value, (*batch, *value.shape[-2:])) for value in values)
 
     def some() -> tuple[Array, ...]:
-        # A trace has fixed shapes: places that no member fills lie outside the stack.
-        (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)), size=few, fill_value=members)
-        new = slow(*_members(batch, arguments, chosen, mode="clip"))
-        return tuple(
-            xp.reshape(_in_a_row(xp, old, batch).at[chosen].set(part, mode="drop"), (*batch, *old.shape[-2:]))
-            for old, part in zip(values, new, strict=True)
-        )
+        chosen, few_of = first_flagged(xp, flags, arguments, few)
+        return put_back(xp, batch, values, slow(*few_of), chosen)
 
     def all_() -> tuple[Array, ...]:
         if not few:
@@ -121,6 +116,28 @@ def _repair_traced(
     index = xp.sum(count > xp.asarray([0, few] if few else [0]))
     result: tuple[Array, ...] = jax.lax.switch(index, ways)
     return result
+
+
+def first_flagged(
+    xp: Namespace, flags: Array, arrays: tuple[Array, ...], count: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """The places of the first `count` flagged members in JAX's stacks of matrices, and these members.
+
+    A trace has fixed shapes: places that no member fills lie outside the stack.
+    """
+    batch = tuple(flags.shape)
+    (chosen,) = xp.nonzero(xp.reshape(flags, (-1,)), size=count, fill_value=math.prod(batch))
+    return chosen, _members(batch, arrays, chosen, mode="clip")
+
+
+def put_back(
+    xp: Namespace, batch: Shape, values: tuple[Array, ...], new: tuple[Array, ...], chosen: Array
+) -> tuple[Array, ...]:
+    """Stacks with the members at places of `first_flagged` replaced."""
+    return tuple(
+        xp.reshape(_in_a_row(xp, old, batch).at[chosen].set(part, mode="drop"), (*batch, *old.shape[-2:]))
+        for old, part in zip(values, new, strict=True)
+    )
 
 
 def _padded(chosen: np.ndarray[Any, Any], members: int) -> np.ndarray[Any, Any]:

@@ -61,10 +61,10 @@ def pair_inverses_serve(layers: tuple[Array, ...]) -> Array | bool:
 
 def _pairs_serve(_: None, layers: tuple[Array, ...]) -> Array:
     xp = _arrays.namespace(layers[0])
+    products = tuple(pair[1] @ pair[0] for pair in _pairs(_probe(layers)) if len(pair) == 2)
     certified: Array | bool = True
-    for pair in _pairs(_probe(layers)):
-        if len(pair) == 2:
-            certified = certified & trusted(xp, linalg.inverse_without_pivots(xp, pair[1] @ pair[0])[1])
+    for _, condition in linalg.inverses(xp, products, pivots=False):
+        certified = certified & trusted(xp, condition)
     return _are_most(xp, certified)
 
 
