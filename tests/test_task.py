@@ -237,6 +237,12 @@ def test_moments_of_data_are_never_refused(dtype, seed):
     assert np.all(np.isfinite(task.optimum()))
 
 
+def test_a_member_that_overflows_warns_of_nothing_and_touches_no_other():
+    sigma = np.stack([np.eye(2), 1e308 * np.ones((2, 2)), 4 * np.eye(2)])
+    task = ng.GaussianTask(sigma, np.eye(2), 0.1 * np.ones((2, 2)), 4 * np.eye(2))
+    np.testing.assert_allclose(task.optimum()[[0, 2]], 0.1 * np.ones((2, 2, 2)) / np.asarray([1.0, 4.0])[:, None, None])
+
+
 # ------------------------------------------------------------------------------ bad values
 
 EYE2, EYE3 = np.eye(2), np.eye(3)

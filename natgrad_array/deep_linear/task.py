@@ -106,6 +106,7 @@ class GaussianTask:
     output_moment: Array
     factors: TaskFactors
 
+    @_arrays.quiet
     def __init__(self, input_moment: Array, noise_covariance: Array, cross_moment: Array, output_moment: Array) -> None:
         named = {
             "input_moment": input_moment,
