@@ -68,6 +68,7 @@ from natgrad_array._arrays.libraries import (
     to_numpy,
 )
 from natgrad_array._arrays.memory import available_bytes, check_fits
+from natgrad_array._arrays.parts import in_parts
 from natgrad_array._arrays.pieces import (
     BLAS_THREADS_FROM,
     PIECE_BYTES,
@@ -159,6 +160,7 @@ __all__ = [
     "first_flagged",
     "gram",
     "has_fast_inverse",
+    "in_parts",
     "in_pieces",
     "in_threads",
     "inverse",

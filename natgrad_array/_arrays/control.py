@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from natgrad_array._arrays.libraries import Array, Namespace, is_jax, is_lazy
@@ -29,14 +31,33 @@ def branches_freely(array: Array) -> bool:
     return not is_lazy(array) or sys.modules["jax"].default_backend() != "cpu"
 
 
-def calls_may_meet(array: Array, count: int) -> bool:
-    """Whether so many factorisations that do not depend on each other have to be one call.
+_beside = contextvars.ContextVar("_beside", default=1)
+"""How many times what is traced now will be at work at once."""
 
-    On a CPU jaxlib 0.10 has each call of LAPACK wait, in one of XLA's threads, for work that it
-    gives to others of them: as many calls side by side as there are threads never end. Where
+
+@contextlib.contextmanager
+def beside(count: int) -> Iterator[None]:
+    """Trace what will be at work in so many threads at once."""
+    token = _beside.set(count)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
+def most_calls() -> int:
+    """How many calls of LAPACK may be at work at once on JAX.
+
+    On a CPU jaxlib 0.10 has each wait, in one of XLA's threads, for work that it gives to
+    others of them: as many calls side by side as there are threads never end. Where
     there are twice as many threads, calls of their own are faster, since XLA makes them side by side.
     """
-    return is_jax(array) and 2 * count > int(os.environ.get("NPROC", "") or os.cpu_count() or 1)
+    return int(os.environ.get("NPROC", "") or os.cpu_count() or 1) // 2
+
+
+def calls_may_meet(array: Array, count: int) -> bool:
+    """Whether so many factorisations that do not depend on each other have to be one call (`most_calls`)."""
+    return is_jax(array) and count * _beside.get() > most_calls()
 
 
 def while_loop(condition: Callable[[T], Array], body: Callable[[T], T], state: T) -> T:
@@ -68,17 +89,19 @@ def stacks_for(xp: Namespace, function: Callable[..., tuple[Array, ...]], argume
     return tuple(xp.zeros((count, *shape.shape), dtype=shape.dtype) for shape in shapes)
 
 
-def compiled(function: Callable[..., Any], static: Any, like: Array, *arguments: Any) -> Any:
+def compiled(function: Callable[..., Any], static: Any, like: Array, *arguments: Any, spent: bool = False) -> Any:
     """``function(static, *arguments)``; where `like` is JAX's, compiled once for each `static` and set of shapes.
 
-    In a trace it becomes part of what is compiled there.
+    In a trace it becomes part of what is compiled there. What is `spent` is the first argument,
+    arrays of the caller's own that nobody looks at again: results take their place.
     """
     if not is_jax(like) or is_lazy(like):
         return function(static, *arguments)
-    return _jitted(function)(static, *arguments)
+    return _jitted(function, spent)(static, *arguments)
 
 
 @functools.cache
-def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
-    jitted: Callable[..., Any] = sys.modules["jax"].jit(function, static_argnums=0)
+def _jitted(function: Callable[..., Any], spent: bool) -> Callable[..., Any]:
+    donated = 1 if spent else ()
+    jitted: Callable[..., Any] = sys.modules["jax"].jit(function, static_argnums=0, donate_argnums=donated)
     return jitted

@@ -32,6 +32,8 @@ def repair(
     values: tuple[Array, ...],
     arguments: tuple[Array, ...],
     slow: Callable[..., tuple[Array, ...]],
+    *,
+    spent: bool = False,
 ) -> tuple[Array, ...]:
     """Give the flagged members of stacks of matrices the results of a slower function.
 
@@ -46,6 +48,8 @@ def repair(
     slow : callable
         Takes the flagged members, with one batch axis, or the whole stack; returns a tuple
         like `values`.
+    spent : bool
+        Whether `values` have all batch axes, are the caller's own and nobody looks at them again.
 
     Notes
     -----
@@ -69,10 +73,11 @@ def repair(
         return tuple(xp.where(flagged, new, old) for new, old in zip(slow(*arguments), values, strict=True))
     (chosen,) = at.nonzero(at.reshape(looked, (-1,)))
     if is_jax(flags):
-        chosen = xp.asarray(_padded(chosen, math.prod(batch)))
+        largest = max(math.prod(value.shape[-2:]) for value in values)
+        chosen = xp.asarray(_padded(chosen, math.prod(batch), min(16, 2**16 // largest)))
     # On JAX a function each: a dozen small ones take longer than a few members do.
     new = slow(*compiled(_members, batch, flags, arguments, chosen))
-    repaired: tuple[Array, ...] = compiled(_put, batch, flags, values, new, chosen)
+    repaired: tuple[Array, ...] = compiled(_put, batch, flags, values, new, chosen, spent=spent)
     return repaired
 
 
@@ -140,9 +145,9 @@ def put_back(
     )
 
 
-def _padded(chosen: np.ndarray[Any, Any], members: int) -> np.ndarray[Any, Any]:
-    """Some indices with the first repeated, a quarter at most beyond 16: JAX compiles anew for every number of them."""
-    step = max(16, 2 ** (chosen.size.bit_length() - 3))
+def _padded(chosen: np.ndarray[Any, Any], members: int, least: int) -> np.ndarray[Any, Any]:
+    """Some indices with the first repeated, to `least` or by a quarter: JAX compiles anew for every number of them."""
+    step = max(1, least, 2 ** (chosen.size.bit_length() - 3))
     count = min(members, -(-chosen.size // step) * step)
     return np.concatenate([chosen, np.repeat(chosen[:1], count - chosen.size)])
 

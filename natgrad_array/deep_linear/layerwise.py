@@ -34,7 +34,7 @@ def layerwise(
         rungs: list[Rung] = [first, _by_duals]
         # Calls of LAPACK within one compiled function could meet (`_arrays.calls_may_meet`).
         whole = _goes_by_blocks(layers)
-        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(rungs) if whole else rungs)
+        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(rungs, calls=0) if whole else rungs)
     rest: list[Rung] = [square.by_layer_inverses, _by_duals]
     if square.is_small(layers):
         return _descend(xp, layers, factors, scale, with_excess, _compiled([square.by_one_inverse, *rest]))
@@ -45,7 +45,7 @@ def layerwise(
         first: list[Rung] = []
         by_blocks = _arrays.inverts_by_blocks(layers[0])
         # On JAX members whose pairs are not certified, many in float32, cost more than the others save.
-        tries_pairs = not _arrays.is_jax(layers[0]) or (by_blocks and _arrays.item_bytes(xp, layers[0]) == 8)
+        tries_pairs = not _arrays.is_jax(layers[0]) or _arrays.item_bytes(xp, layers[0]) == 8
         if tries_pairs and not _arrays.is_lazy(layers[0]) and bool(square.pair_inverses_serve(layers)):
             first = [square.by_pair_inverses]
         elif by_blocks:
@@ -60,32 +60,31 @@ def layerwise(
     return found
 
 
-def _compiled(rungs: list[Rung]) -> list[Rung]:
+def _compiled(rungs: list[Rung], *, calls: int = 1) -> list[Rung]:
     """The same with all but the last, whose calls of LAPACK could meet (`_arrays.calls_may_meet`), compiled on JAX."""
 
     def compiled(rung: Rung) -> Rung:
         def as_one(
             _: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
         ) -> tuple[Directions, Array]:
-            found: tuple[Directions, Array]
-            found = _arrays.compiled(_take, (rung, scale, with_excess), layers[0], layers, factors)
-            return found
+            if not _arrays.is_jax(layers[0]):
+                return rung(_arrays.namespace(layers[0]), layers, factors, scale, with_excess)
+            names, stacks = _as_stacks(layers, factors)
+            cores = [*_cores(layers, with_excess), (1, 1)]
+            *found, certified = _arrays.in_parts(_take, (rung, names, scale, with_excess), stacks, cores, calls=calls)
+            return tuple(found), certified[..., 0, 0]
 
         return as_one
 
     return [*map(compiled, rungs[:-1]), rungs[-1]]
 
 
-def _take(how: tuple[Rung, float, bool], layers: tuple[Array, ...], factors: TaskFactors) -> tuple[Directions, Array]:
-    rung, scale, with_excess = how
-    xp = _arrays.namespace(layers[0])
-    cores = _cores(layers, with_excess)
-    if not _arrays.is_jax(layers[0]) or not _pays_in_pieces(layers, cores):
-        return rung(xp, layers, factors, scale, with_excess)
-    stacks, restore = _as_stacks(layers, factors)
-    on_stacks: Callable[..., tuple[Array, ...]] = _on_stacks(xp, rung, restore, scale, with_excess)
-    *found, certified = _arrays.in_pieces(on_stacks, stacks, cores)
-    return tuple(found), certified[..., 0, 0]
+def _take(how: tuple[Rung, tuple[str, ...], float, bool], *stacks: Array) -> tuple[Array, ...]:
+    rung, names, scale, with_excess = how
+    on_stacks = _on_stacks(rung, names, scale, with_excess)
+    layers, _ = _restored(names, stacks)
+    cores = [*_cores(layers, with_excess), (1, 1)]
+    return _arrays.in_pieces(on_stacks, stacks, cores) if _pays_in_pieces(layers, cores) else on_stacks(*stacks)
 
 
 def _in_pieces(
@@ -100,8 +99,12 @@ def _in_pieces(
     cores = _cores(layers, with_excess)
     if not _pays_in_pieces(layers, cores):
         return _descend(xp, layers, factors, scale, with_excess, rungs)
-    stacks, restore = _as_stacks(layers, factors)
-    return _arrays.in_pieces(lambda *arrays: _descend(xp, *restore(arrays), scale, with_excess, rungs), stacks, cores)
+    names, stacks = _as_stacks(layers, factors)
+
+    def on_stacks(*stacks: Array) -> Directions:
+        return _descend(xp, *_restored(names, stacks), scale, with_excess, rungs)
+
+    return _arrays.in_pieces(on_stacks, stacks, cores)
 
 
 def _descend(
@@ -116,13 +119,13 @@ def _descend(
     found, certified = rungs[0](xp, layers, factors, scale, with_excess)
     if len(rungs) == 1 or _arrays.eager_all(xp, certified):
         return found
-    stacks, restore = _as_stacks(layers, factors)
+    names, stacks = _as_stacks(layers, factors)
     batch = _arrays.broadcast_shapes(tuple(d.shape[:-2]) for d in found)
 
-    kept = (*found, xp.broadcast_to(certified, batch)[..., None, None])
+    kept = tuple(xp.broadcast_to(part, (*batch, *part.shape[-2:])) for part in (*found, certified[..., None, None]))
     for rung in rungs[1:]:
-        slow = _on_stacks(xp, rung, restore, scale, with_excess)
-        kept = _arrays.repair(xp, ~kept[-1][..., 0, 0], kept, stacks, slow)
+        slow = _on_stacks(rung, names, scale, with_excess)
+        kept = _arrays.repair(xp, ~kept[-1][..., 0, 0], kept, stacks, slow, spent=True)
     return kept[:-1]
 
 
@@ -143,36 +146,29 @@ def _cores(layers: tuple[Array, ...], with_excess: bool) -> list[_arrays.Shape]:
     return [*(tuple(layer.shape[-2:]) for layer in layers), *([(1, 1)] if with_excess else [])]
 
 
-def _on_stacks(
-    xp: Namespace,
-    rung: Rung,
-    restore: Callable[[tuple[Array, ...]], tuple[tuple[Array, ...], TaskFactors]],
-    scale: float,
-    with_excess: bool,
-) -> Callable[..., tuple[Array, ...]]:
+def _on_stacks(rung: Rung, names: tuple[str, ...], scale: float, with_excess: bool) -> Callable[..., tuple[Array, ...]]:
     """A rung as a function of stacks of matrices, with the flags as the last of them."""
 
-    def on_stacks(*arrays: Array) -> tuple[Array, ...]:
-        found, certified = rung(xp, *restore(arrays), scale, with_excess)
+    def on_stacks(*stacks: Array) -> tuple[Array, ...]:
+        xp = _arrays.namespace(stacks[0])
+        found, certified = rung(xp, *_restored(names, stacks), scale, with_excess)
         members = _arrays.broadcast_shapes(tuple(d.shape[:-2]) for d in found)
         return (*found, xp.broadcast_to(certified, members)[..., None, None])
 
     return on_stacks
 
 
-def _as_stacks(
-    layers: tuple[Array, ...], factors: TaskFactors
-) -> tuple[tuple[Array, ...], Callable[[tuple[Array, ...]], tuple[tuple[Array, ...], TaskFactors]]]:
-    """The matrices of a network and its task side by side, and a function that takes them apart again."""
-    given = factors._asdict()
-    names = [name for name, value in given.items() if value is not None and name != "minimum_loss"]
-    depth = len(layers)
+def _as_stacks(layers: tuple[Array, ...], factors: TaskFactors) -> tuple[tuple[str, ...], tuple[Array, ...]]:
+    """The matrices of a network and its task side by side, with the names of the task's."""
+    given = {name: value for name, value in factors._asdict().items() if value is not None and name != "minimum_loss"}
+    return tuple(given), (*layers, *given.values())
 
-    def restore(arrays: tuple[Array, ...]) -> tuple[tuple[Array, ...], TaskFactors]:
-        matrices: dict[str, Any] = dict(zip(names, arrays[depth:], strict=True))
-        return arrays[:depth], factors._replace(**matrices)
 
-    return (*layers, *(given[name] for name in names)), restore
+def _restored(names: tuple[str, ...], stacks: tuple[Array, ...]) -> tuple[tuple[Array, ...], TaskFactors]:
+    """What `_as_stacks` put side by side, but for the loss at the optimum, which no rung looks at."""
+    depth = len(stacks) - len(names)
+    matrices: dict[str, Any] = dict.fromkeys(TaskFactors._fields) | dict(zip(names, stacks[depth:], strict=True))
+    return stacks[:depth], TaskFactors(**matrices)
 
 
 # ----------------------------------------------------------------------------- other networks

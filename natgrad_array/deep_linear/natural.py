@@ -77,8 +77,11 @@ def natural_gradient(
     CPU in pieces one after the other): as
     many as there are processors, or as OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or
     OMP_NUM_THREADS say, and one when called from a thread that is not the main one.
-    On JAX each way is one compiled function, but for the last; inverses of pairs are tried up to
-    16 × 16 in float64 alone, and within `jax.jit`, on a CPU, neither they nor the one inverse,
+    On JAX each way is one compiled function, but for the last, and outside of `jax.jit` on a CPU
+    such threads each call it with a part of a large stack; where it calls LAPACK, no more of them
+    than half of the threads that JAX has (as many as processors, or as NPROC says), since more
+    calls could wait for each other. Inverses of pairs are tried in float64 alone,
+    and within `jax.jit`, on a CPU, neither they nor the one inverse,
     since a conditional costs more than it saves there.
     "moore_penrose" beyond two layers and n_0 n_L = 64 iterates to convergence, and on
     eager arrays reads one scalar a round.
