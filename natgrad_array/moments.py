@@ -164,10 +164,13 @@ def covariance(
     From 64 samples of equal weight on, members where the square of every feature's mean
     is at most half of its variance are spared a subtraction: :math:`\langle x x^T \rangle -
     \bar{x} \bar{x}^T` keeps two thirds of what is subtracted from, so that it rounds like the
-    product itself. The mean of about 64 samples (on torch of all) is taken off first: of
-    samples of up to 4 MB, a piece of a stack for one, always; of others, and under `jax.jit`,
-    where most members look as if they needed it, in a few of the samples of a few of the
-    members. Members that do not meet the bound then, with a feature that does not vary for
+    product itself. A mean is taken off first of samples of up to 4 MB, a piece of a stack for
+    one, always, and of others where most members look as if they needed it, in a few of
+    the samples of a few of the members. It is that of all samples, and taken off once, where
+    their number n is small enough for the rounding of any sum of them not to be seen in the product:
+    below :math:`1 / (8 \sqrt{\epsilon})`, 362 in float32, for means of up to
+    :math:`1 / (n \sqrt{2 \epsilon})` spreads. It is that of about 64 (on torch of all) where
+    n is larger. Members that do not meet the bound then, with a feature that does not vary for
     one, are centred twice as above. One or two scalars come to the host for each piece; under
     `jax.jit` they are conditionals. So the last digits of a member may depend on what is
     stacked with it.
@@ -177,8 +180,8 @@ def covariance(
     may be larger than memory all together, and of any library. The result is a Dask array.
 
     With n samples of p features a member takes :math:`2 n p^2 + 2 n p + 3 p^2` operations,
-    half of the first term on NumPy, which knows symmetric products; n p more about a few
-    samples' mean, and 3 n p more with two centrings. "ledoit_wolf" adds 4 n p, and all
+    half of the first term on NumPy, which knows symmetric products; n p more about a
+    mean, and 3 n p more with two centrings. "ledoit_wolf" adds 4 n p, and all
     shrinkage :math:`4 p^2`. The memory is that of a few results without a shift, one copy of
     the samples with one, and two copies of the members that are centred twice. On a CPU
     NumPy makes a large stack in pieces, as do torch and `jax.jit` from 32 MB on, and the
@@ -654,16 +657,16 @@ def _centred_gram(xp: Namespace, x: Array, divisor: float, *, kurtosis: bool = F
         return _by_blocks(x, divisor, kurtosis)
     if x.shape[-2] < MANY_SAMPLES or not _arrays.can_branch(x):
         return _two_pass(xp, x, divisor, kurtosis)
+    # In a trace what is read twice is read once.
+    once = 64 * x.shape[-2] ** 2 * _arrays.eps(xp, x) < 1.0
+
+    def shifted() -> tuple[Array, ...]:
+        return _centred_once(xp, x, divisor, kurtosis) if once else _shifted(xp, x, divisor, kurtosis)
+
     if not _arrays.is_lazy(x) and _bytes(xp, x.shape, x) <= SMALL_BYTES:
-        # torch reads all samples once in the time that it takes for a few of them.
-        few = x if _arrays.is_torch(x) else _some(x)
-        small, *values = _shifted(xp, x, few, divisor, kurtosis)
+        small, *values = shifted()
     else:
-        small, *values = _arrays.branch(
-            _looks_centred(xp, x),
-            lambda: _one_pass(xp, x, divisor, kurtosis),
-            lambda: _shifted(xp, x, _some(x), divisor, kurtosis),
-        )
+        small, *values = _arrays.branch(_looks_centred(xp, x), lambda: _one_pass(xp, x, divisor, kurtosis), shifted)
     if _arrays.eager_all(xp, small):
         return tuple(values)
     flags = ~xp.all(small, axis=-1)
@@ -716,11 +719,26 @@ def _one_pass(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[
     return small, gram, _spread(xp, lengths, gram)
 
 
-def _shifted(xp: Namespace, x: Array, few: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
-    """`_one_pass` after the mean of a few samples, or of all of them, has been taken off."""
-    shift = _mean(xp, few, None)
+def _shifted(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
+    """`_one_pass` after the mean of some samples has been taken off; torch reads all of them in the time for a few."""
+    shift = _mean(xp, x if _arrays.is_torch(x) else _some(x), None)
     small, gram, other = _one_pass(xp, x - shift, divisor, kurtosis)
     return small, gram, other if kurtosis else other + shift
+
+
+def _centred_once(xp: Namespace, x: Array, divisor: float, kurtosis: bool) -> tuple[Array, ...]:
+    """`_shifted` by the mean of all samples, where no more of a mean can be left than the product's own rounding.
+
+    A mean of n numbers, in whatever order they are added up, is off by no more than n eps (|mean| + spread).
+    """
+    n = x.shape[-2]
+    mean = _mean(xp, x, None)
+    centred = x - mean
+    gram = _arrays.gram(xp, centred, divisor)
+    # From n · 2 n² eps² (mean² + variance) ≤ eps · n variance.
+    most = 2 * n * n * _arrays.eps(xp, x)
+    small = (most / (1.0 - most) * n / divisor) * (mean * mean)[..., 0, :] <= _diagonal(xp, gram)
+    return small, gram, _spread(xp, xp.vecdot(centred, centred), gram) if kurtosis else mean
 
 
 def _some(x: Array) -> Array:

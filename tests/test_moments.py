@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from recording import complaint, record
 from sklearn.covariance import ledoit_wolf, oas, shrunk_covariance
 
+import natgrad_array.moments as moments_module
 from natgrad_array import _arrays
 from natgrad_array.moments import (
     Moments,
@@ -217,6 +218,23 @@ def test_the_rounding_error_of_the_mean_is_taken_back(backend, dtype, weighted):
     assert_close(cov, expected)
     assert_close(moments.covariance(), expected)
     np.testing.assert_allclose(moments.mean, mean.astype(float), rtol=1.01 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.5, 2.0])
+def test_one_centring_is_enough_below_a_bound(backend, dtype, distance, monkeypatch):
+    """Of 300 samples, whose mean rounding leaves off by less than their product shows; two beyond the bound."""
+    if dtype == "float64" and not backend.float64:
+        dtype = "float32"
+    eps = float(np.finfo(dtype).eps)
+    x = samples(300, 3)
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    x = (x + distance / (300 * (2 * eps) ** 0.5)).astype(dtype)
+    twice, two_pass = [], moments_module._two_pass
+    monkeypatch.setattr(moments_module, "_two_pass", lambda *args: twice.append(1) or two_pass(*args))
+    found = backend.to_numpy(backend.call(covariance, backend.asarray(x)))
+    np.testing.assert_allclose(found, exact(x)[1].astype(float), rtol=0, atol=20 * eps)
+    if not backend.jit and _arrays.can_branch(backend.asarray(x)):
+        assert bool(twice) == (distance > 1.0)
 
 
 def test_the_mean_of_many_samples_is_right_to_the_last_bit():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -52,7 +53,7 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional:
     given = arrays
     if optional:
         given = {name: array for name, array in arrays.items() if array is not None or name not in optional}
-    if (xp := _one_kind_of_numpy(given)) is not None:
+    if (xp := _one_kind(given)) is not None:
         return xp
     for name, array in given.items():
         if not compat.is_array_api_obj(array):
@@ -82,15 +83,21 @@ def check_arrays(arrays: Mapping[str, Any], *, integers: bool = False, optional:
 _FLOATING = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def _one_kind_of_numpy(arrays: Mapping[str, Any]) -> Namespace | None:
-    """NumPy's namespace if all are NumPy arrays of one accepted dtype, which passes every check there is.
+def _one_kind(arrays: Mapping[str, Any]) -> Namespace | None:
+    """The namespace if all are plain arrays of NumPy or torch, of one accepted dtype, which pass every check there is.
 
     With one small network checks would take longer than the work.
     """
-    if {type(array) for array in arrays.values()} != {np.ndarray}:
+    kinds = {type(array) for array in arrays.values()}
+    torch = sys.modules.get("torch")
+    if kinds == {np.ndarray}:
+        accepted: tuple[Any, ...] = _FLOATING
+    elif torch is not None and kinds == {torch.Tensor} and len({array.device for array in arrays.values()}) == 1:
+        accepted = (torch.float32, torch.float64)
+    else:
         return None
     dtypes = {array.dtype for array in arrays.values()}
-    if len(dtypes) != 1 or dtypes.pop() not in _FLOATING:
+    if len(dtypes) != 1 or dtypes.pop() not in accepted:
         return None
     return namespace(next(iter(arrays.values())))
 
