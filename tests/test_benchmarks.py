@@ -183,6 +183,18 @@ def test_written_rule_needs_its_cutoff_at_a_bottleneck(monkeypatch):
     assert measure.relative_difference(peers.written(np, layers, known), expected).min() > 1.0
 
 
+def test_checked_covariances_by_hand_are_numpys():
+    x = problems.samples(3, 90, 5, "float64")
+    far = x + 1e9 * (np.arange(3) == 1)[:, None, None]
+    for given, fits in ((x, True), (far, False)):
+        expected = peers.numpy_cov(given)
+        cov, found = peers.checked_covariance(np, given)
+        streamed, flags = peers.checked_stream(np, (given[:, :40], given[:, 40:]))
+        assert (found, *flags) == (fits,) * 3
+        for actual in (cov, streamed):
+            np.testing.assert_allclose(actual, expected, rtol=1e-12 if fits else 1e-3, atol=1e-12 if fits else 0.1)
+
+
 def test_shrinkage_by_hand_is_scikit_learns():
     pytest.importorskip("sklearn")
     x = problems.samples(3, 30, 5, "float64")

@@ -182,10 +182,9 @@ def layerwise(
 ) -> list[Contestant]:
     """One direction of the layerwise rule for an ensemble."""
     layers, task, known = network(backend, dtype, sizes, batch, weights, noise)
-    # On JAX square networks go by compiled functions of our own, which choose between ways outside of a trace.
-    own = len(set(sizes)) == 1
+    # On JAX compiled functions of our own are called, by several threads and as what a few members need says.
     entries = [
-        Contestant("layerwise", "ours", _natural("layerwise"), (layers, task), jit=not own),
+        Contestant("layerwise", "ours", _natural("layerwise"), (layers, task), jit=False),
         Contestant("Eq 42 as written", "written", functools.partial(peers.written, backend.xp), (layers, known)),
     ]
     for label, variant in peers.layerwise_experts(backend.xp, sizes).items():
@@ -193,7 +192,7 @@ def layerwise(
     condition = "good" if weights == "orthogonal" else "pairs" if dtype == "float64" else "layers"
     if (bare := peers.arithmetic(backend.xp, layers, condition=condition)) is not None:
         entries.append(Contestant("arithmetic alone", "other", *bare))
-    if own and backend.name == "jax":
+    if backend.name == "jax":
         entries.append(Contestant("within a jit", "other", _natural("layerwise"), (layers, task)))
     return [*entries, _product(layers)]
 
@@ -312,6 +311,9 @@ def covariance(
         )
         if shrinkage is None:
             entries.append(Contestant("numpy.cov, looped", "expert", peers.numpy_cov, (x,)))
+    if shrinkage is None:
+        checked = functools.partial(peers.checked_covariance, xp)
+        entries.append(Contestant("by hand, symmetric and checked", "other", checked, (x,)))
     return [*entries, Contestant("xᵀ @ x", "product", _gram, (x,))]
 
 
@@ -329,6 +331,9 @@ def streaming(backend: Backend, dtype: str, *, batch: int, n: int, p: int, chunk
     return [
         Contestant("Moments", "ours", _stream, (chunks,)),
         Contestant("Chan's merge by hand", "expert", functools.partial(peers.chan_stream, backend.xp), (chunks,)),
+        Contestant(
+            "by hand, symmetric and checked", "other", functools.partial(peers.checked_stream, backend.xp), (chunks,)
+        ),
         Contestant("xᵀ @ x of each chunk", "product", lambda chunks: tuple(_gram(c) for c in chunks), (chunks,)),
     ]
 

@@ -435,6 +435,23 @@ def covariance(xp: Any, x: Array) -> Array:
     return c.mT @ c / x.shape[-2]
 
 
+def checked_covariance(xp: Any, x: Array) -> tuple[Array, Any]:
+    """`covariance` made symmetric, and whether its mean is too small to leave a rounding error in it."""
+    _, scatter, fits = _checked_scatter(xp, x)
+    return scatter / x.shape[-2], fits
+
+
+def _checked_scatter(xp: Any, x: Array) -> tuple[Array, Array, Any]:
+    mean = xp.mean(x, axis=-2, keepdims=True)
+    c = x - mean
+    scatter = c.mT @ c
+    if xp is not np:  # which knows the product of a matrix with its own transpose, and has it symmetric
+        scatter = (scatter + scatter.mT) / 2
+    least = (x.shape[-2] * float(xp.finfo(x.dtype).eps)) * mean[..., 0, :] ** 2
+    fits = xp.all(least <= xp.linalg.diagonal(scatter))
+    return mean, scatter, fits if xp.__name__ == "jax.numpy" else bool(fits)
+
+
 def numpy_cov(x: np.ndarray) -> np.ndarray:
     """`numpy.cov`, member by member."""
     return np.stack([np.cov(member, rowvar=False, bias=True, dtype=x.dtype) for member in x])
@@ -499,6 +516,24 @@ def chan_stream(xp: Any, chunks: tuple[Array, ...]) -> Array:
         mean = mean + step * (n / total)
         count = total
     return scatter / count
+
+
+def checked_stream(xp: Any, chunks: tuple[Array, ...]) -> tuple[Array, list[Any]]:
+    """`chan_stream` with each chunk's scatter as in `checked_covariance`."""
+    count, mean, scatter, flags = 0, None, None, []
+    for x in chunks:
+        n = x.shape[-2]
+        m, s, fits = _checked_scatter(xp, x)
+        flags.append(fits)
+        if scatter is None:
+            count, mean, scatter = n, m, s
+            continue
+        step = m - mean
+        total = count + n
+        scatter = scatter + s + step.mT @ (step * (count * n / total))
+        mean = mean + step * (n / total)
+        count = total
+    return scatter / count, flags
 
 
 # ---------------------------------------------------------------------- Fisher information

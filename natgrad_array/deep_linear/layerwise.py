@@ -61,22 +61,24 @@ def layerwise(
 
 
 def _compiled(rungs: list[Rung], *, calls: int = 1) -> list[Rung]:
-    """The same with all but the last, whose calls of LAPACK could meet (`_arrays.calls_may_meet`), compiled on JAX."""
+    """The same compiled on JAX; with so many calls of LAPACK side by side, but for the last, which has more."""
 
     def compiled(rung: Rung) -> Rung:
         def as_one(
-            _: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
+            xp: Namespace, layers: tuple[Array, ...], factors: TaskFactors, scale: float, with_excess: bool
         ) -> tuple[Directions, Array]:
-            if not _arrays.is_jax(layers[0]):
-                return rung(_arrays.namespace(layers[0]), layers, factors, scale, with_excess)
+            # Singular values of every factor.
+            most = 2 * (len(layers) - 1) if rung is _by_duals else calls
+            if not _arrays.is_jax(layers[0]) or (most > 1 and _arrays.calls_may_meet(layers[0], most)):
+                return rung(xp, layers, factors, scale, with_excess)
             names, stacks = _as_stacks(layers, factors)
             cores = [*_cores(layers, with_excess), (1, 1)]
-            *found, certified = _arrays.in_parts(_take, (rung, names, scale, with_excess), stacks, cores, calls=calls)
+            *found, certified = _arrays.in_parts(_take, (rung, names, scale, with_excess), stacks, cores, calls=most)
             return tuple(found), certified[..., 0, 0]
 
         return as_one
 
-    return [*map(compiled, rungs[:-1]), rungs[-1]]
+    return [*map(compiled, rungs)]
 
 
 def _take(how: tuple[Rung, tuple[str, ...], float, bool], *stacks: Array) -> tuple[Array, ...]:

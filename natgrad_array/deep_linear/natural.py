@@ -77,7 +77,8 @@ def natural_gradient(
     CPU in pieces one after the other): as
     many as there are processors, or as OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or
     OMP_NUM_THREADS say, and one when called from a thread that is not the main one.
-    On JAX each way is one compiled function, but for the last, and outside of `jax.jit` on a CPU
+    On JAX each way is one compiled function (the last, by singular values, only where JAX has
+    threads for their calls of LAPACK), and outside of `jax.jit` on a CPU
     such threads each call it with a part of a large stack; where it calls LAPACK, no more of them
     than half of the threads that JAX has (as many as processors, or as NPROC says), since more
     calls could wait for each other. Inverses of pairs are tried in float64 alone,
