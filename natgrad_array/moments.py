@@ -18,6 +18,9 @@ SHRINKAGES = ("ledoit_wolf", "oas")
 # With fewer samples than this the mean of centred noise is not small beside its spread.
 MANY_SAMPLES = 64
 
+# The sum of no more than so many is good to a few units of its last digit.
+FEW_SAMPLES = 512
+
 # A copy of samples that take no more than this stays in a cache: it is made sooner than found out to be needless.
 SMALL_BYTES = 4 * _arrays.PIECE_BYTES
 
@@ -167,8 +170,8 @@ def covariance(
     product itself. A mean is taken off first of samples of up to 4 MB, a piece of a stack for
     one, always, and of others where most members look as if they needed it, in a few of
     the samples of a few of the members. It is that of all samples, and taken off once, where
-    their number n is small enough for the rounding of any sum of them not to be seen in the product:
-    below :math:`1 / (8 \sqrt{\epsilon})`, 362 in float32, for means of up to
+    their number n is small enough for the rounding of any sum of them not to be seen in the product, up to
+    512, and in float32 :math:`1 / (8 \sqrt{\epsilon}) = 362`, for means of up to
     :math:`1 / (n \sqrt{2 \epsilon})` spreads. It is that of about 64 (on torch of all) where
     n is larger. Members that do not meet the bound then, with a feature that does not vary for
     one, are centred twice as above. One or two scalars come to the host for each piece; under
@@ -658,7 +661,7 @@ def _centred_gram(xp: Namespace, x: Array, divisor: float, *, kurtosis: bool = F
     if x.shape[-2] < MANY_SAMPLES or not _arrays.can_branch(x):
         return _two_pass(xp, x, divisor, kurtosis)
     # In a trace what is read twice is read once.
-    once = 64 * x.shape[-2] ** 2 * _arrays.eps(xp, x) < 1.0
+    once = x.shape[-2] <= FEW_SAMPLES and 64 * x.shape[-2] ** 2 * _arrays.eps(xp, x) < 1.0
 
     def shifted() -> tuple[Array, ...]:
         return _centred_once(xp, x, divisor, kurtosis) if once else _shifted(xp, x, divisor, kurtosis)

@@ -14,7 +14,8 @@ from backends import JAX, JAX_JIT
 import natgrad_array as ng
 from natgrad_array import _arrays
 from natgrad_array import deep_linear as dl
-from natgrad_array._arrays import parts
+from natgrad_array._arrays import control, parts
+from natgrad_array.deep_linear import layerwise
 
 
 @pytest.fixture
@@ -114,6 +115,64 @@ def test_a_trace_has_no_parts() -> None:
     one = JAX.asarray(np.ones((6, 4, 4)))
     JAX_JIT.call(lambda a: _arrays.in_parts(function, 1.0, (a, a), [(4, 4), (4, 4)], calls=0), one)
     assert function.traced == [(6,)]
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_arrays_of_any_layout_and_no_compiler_at_all() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((9, 4, 4))
+    other = jax.numpy.from_dlpack(np.ascontiguousarray(a.mT).mT)
+    for given in (other, JAX.asarray(a)):
+        with jax.disable_jit(given is not other):
+            found = _arrays.in_parts(Products(), 1.0, (given, given), [(4, 4), (4, 4)], calls=0)
+        np.testing.assert_allclose(found[1], a @ a, atol=1e-13)
+
+
+def test_processors_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX has as many threads, whatever else the machine has."""
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setattr(control.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(control.os, "sched_getaffinity", lambda _: {3, 4, 5, 6}, raising=False)
+    assert control.most_calls() == 2
+    monkeypatch.setenv("NPROC", "12")
+    assert control.most_calls() == 6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank", "count"),
+    [
+        ((48, 32, 24, 16), 48, 0),
+        ((9, 4, 9), 9, 0),
+        ((32, 24, 8, 24, 32), 32, 0),
+        ((32, 40, 32, 50), 32, 1),
+        ((32, 40, 32, 40, 32), 32, 3),
+        ((64, 32, 50), 32, 1),
+    ],
+    ids=str,
+)
+def test_square_factors_are_inverted_by_lapack(sizes: tuple[int, ...], rank: int, count: int) -> None:
+    """So many at most may meet: products of layers, or of layers and the root of Σ."""
+    layers = tuple(np.ones((2, m, n)) for n, m in itertools.pairwise(sizes))
+    moment = np.diag(1.0 * (np.arange(sizes[0]) < rank))
+    task = ng.GaussianTask(moment, np.eye(sizes[-1]), np.zeros((sizes[-1], sizes[0])), np.eye(sizes[-1]))
+    assert layerwise._square_factors(layers, task.factors) == count
+
+
+def test_what_is_differentiated_is_not_given_away() -> None:
+    """With respect to one layer only, with a member that is computed again; against central differences."""
+    rng = np.random.default_rng(0)
+    first, second = (np.linalg.qr(rng.standard_normal((8, 6, 6)))[0] for _ in range(2))
+    first[3] *= [1.0, 1.0, 1.0, 1.0, 1.0, 1e-5]
+    teacher = rng.standard_normal((6, 6))
+    task = ng.GaussianTask(*JAX.asarrays(np.eye(6), np.eye(6), teacher, teacher @ teacher.T + np.eye(6)))
+    ahead, step = JAX.asarray(first), rng.standard_normal((8, 6, 6))
+
+    def total(layer: Any) -> Any:
+        return sum(d[:, 0, :].sum() for d in dl.natural_gradient((ahead, layer), task))
+
+    found = np.sum(np.asarray(jax.grad(total)(JAX.asarray(second))) * step)
+    sides = [float(total(JAX.asarray(second + sign * 1e-6 * step))) for sign in (1.0, -1.0)]
+    assert found == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-4)
 
 
 @pytest.mark.usefixtures("three_threads")

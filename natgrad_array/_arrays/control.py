@@ -31,6 +31,12 @@ def branches_freely(array: Array) -> bool:
     return not is_lazy(array) or sys.modules["jax"].default_backend() != "cpu"
 
 
+def usable_processors() -> int:
+    """Those that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
 _beside = contextvars.ContextVar("_beside", default=1)
 """How many times what is traced now will be at work at once."""
 
@@ -52,7 +58,7 @@ def most_calls() -> int:
     others of them: as many calls side by side as there are threads never end. Where
     there are twice as many threads, calls of their own are faster, since XLA makes them side by side.
     """
-    return int(os.environ.get("NPROC", "") or os.cpu_count() or 1) // 2
+    return int(os.environ.get("NPROC", "") or usable_processors()) // 2
 
 
 def calls_may_meet(array: Array, count: int) -> bool:

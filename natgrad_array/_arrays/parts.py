@@ -41,7 +41,7 @@ def in_parts(
     cores : sequence of tuple of int
         The core shapes of what `function` returns.
     calls : int
-        How many calls of LAPACK it has side by side at least.
+        How many calls of LAPACK it has side by side at most.
     """
     batch = broadcast_shapes(array.shape[:-2] for array in arrays)
     length, count = max(batch, default=1), _count(arrays, batch, cores, calls)
@@ -51,7 +51,7 @@ def in_parts(
     axis = batch.index(length) - len(batch) - 2
     cut = tuple(array.ndim >= -axis and array.shape[axis] == length for array in arrays)
     jax = sys.modules["jax"]
-    given = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding, weak_type=a.weak_type) for a in arrays)
+    given = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.format, weak_type=a.weak_type) for a in arrays)
     settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
     ends = [length * k // count for k in range(count + 1)]
     # Compiled here: a thread knows nothing of settings that hold for its caller alone.
@@ -74,7 +74,11 @@ def _count(arrays: tuple[Array, ...], batch: Shape, cores: Sequence[Shape], call
     if not all(is_jax(a) and not is_lazy(a) for a in arrays) or len({a.sharding for a in arrays}) > 1:
         return 1
     devices = arrays[0].sharding.device_set
-    if len(devices) > 1 or any(device.platform != "cpu" for device in devices):
+    if (
+        sys.modules["jax"].config.jax_disable_jit
+        or len(devices) > 1
+        or any(device.platform != "cpu" for device in devices)
+    ):
         return 1
     flops = math.prod(batch) * sum(m * n * min(m, n) for m, n in cores)
     # Each is long enough to be inverted by blocks.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from natgrad_array._arrays.checks import broadcast_shapes
+from natgrad_array._arrays.control import usable_processors
 from natgrad_array._arrays.libraries import Array, Shape, is_jax, is_lazy, is_numpy, is_torch, namespace
 from natgrad_array._arrays.schur import FEWEST
 
@@ -224,8 +225,7 @@ def usable_threads() -> int:
     """
     if _beside_others():
         return 1
-    affinity = getattr(os, "sched_getaffinity", None)
-    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    count = usable_processors()
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         if (limit := os.environ.get(name, "")).isdigit() and int(limit) > 0:
             return min(count, int(limit))

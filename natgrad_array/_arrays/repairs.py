@@ -77,6 +77,8 @@ def repair(
         chosen = xp.asarray(_padded(chosen, math.prod(batch), min(16, 2**16 // largest)))
     # On JAX a function each: a dozen small ones take longer than a few members do.
     new = slow(*compiled(_members, batch, flags, arguments, chosen))
+    # What is differentiated is looked at again.
+    spent = spent and not any(is_lazy(array) for array in (*values, *new))
     repaired: tuple[Array, ...] = compiled(_put, batch, flags, values, new, chosen, spent=spent)
     return repaired
 

@@ -8,6 +8,7 @@ in doubt. A condition number says which members a rung has right, and the others
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +33,10 @@ def layerwise(
     if not square.is_square(layers, factors):
         first: Rung = waist.by_ends if waist.is_waisted(layers, factors) else _by_gram_matrices
         rungs: list[Rung] = [first, _by_duals]
-        # Calls of LAPACK within one compiled function could meet (`_arrays.calls_may_meet`).
-        whole = _goes_by_blocks(layers)
-        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(rungs, calls=0) if whole else rungs)
+        calls = _square_factors(layers, factors)
+        # Calls of LAPACK within one compiled function could meet.
+        whole = _goes_by_blocks(layers) and not (calls and _arrays.calls_may_meet(layers[0], calls))
+        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(rungs, calls=calls) if whole else rungs)
     rest: list[Rung] = [square.by_layer_inverses, _by_duals]
     if square.is_small(layers):
         return _descend(xp, layers, factors, scale, with_excess, _compiled([square.by_one_inverse, *rest]))
@@ -124,11 +126,18 @@ def _descend(
     names, stacks = _as_stacks(layers, factors)
     batch = _arrays.broadcast_shapes(tuple(d.shape[:-2]) for d in found)
 
-    kept = tuple(xp.broadcast_to(part, (*batch, *part.shape[-2:])) for part in (*found, certified[..., None, None]))
+    flags = certified[..., None, None]
+    kept = tuple(_with_batch(xp, part, batch) for part in (*found, flags))
     for rung in rungs[1:]:
         slow = _on_stacks(rung, names, scale, with_excess)
         kept = _arrays.repair(xp, ~kept[-1][..., 0, 0], kept, stacks, slow, spent=True)
     return kept[:-1]
+
+
+def _with_batch(xp: Namespace, part: Array, batch: _arrays.Shape) -> Array:
+    """Results with all batch axes; what has them is left as it is, to be written to."""
+    shape = (*batch, *part.shape[-2:])
+    return part if tuple(part.shape) == shape else xp.broadcast_to(part, shape)
 
 
 def _pays_in_pieces(layers: tuple[Array, ...], cores: list[_arrays.Shape]) -> bool:
@@ -141,6 +150,17 @@ def _pays_in_pieces(layers: tuple[Array, ...], cores: list[_arrays.Shape]) -> bo
 def _goes_by_blocks(layers: tuple[Array, ...]) -> bool:
     """Whether JAX needs no call of LAPACK for the inverses of a network that is not square: no layer of it is."""
     return all(w.shape[-2] != w.shape[-1] and _arrays.inverts_by_blocks(w, positive=True) for w in layers)
+
+
+def _square_factors(layers: tuple[Array, ...], factors: TaskFactors) -> int:
+    """How many products of layers, and of layers and S, can be square and of full rank: each is one of LAPACK's inverses."""
+    n_in, rank = factors.input_root.shape[-2:]
+    count = 0
+    for first in {n_in, rank}:
+        sizes = [first, *(layer.shape[-2] for layer in layers)]
+        for i, k in itertools.combinations(range(len(sizes)), 2):
+            count += sizes[i] == sizes[k] == min(sizes[i : k + 1])
+    return count
 
 
 def _cores(layers: tuple[Array, ...], with_excess: bool) -> list[_arrays.Shape]:
