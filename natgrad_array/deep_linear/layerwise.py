@@ -153,7 +153,7 @@ def _goes_by_blocks(layers: tuple[Array, ...]) -> bool:
 
 
 def _square_factors(layers: tuple[Array, ...], factors: TaskFactors) -> int:
-    """How many products of layers, and of layers and S, can be square and of full rank: each is one of LAPACK's inverses."""
+    """How many products, of layers and of layers with S, can be square and of full rank: LAPACK inverts each."""
     n_in, rank = factors.input_root.shape[-2:]
     count = 0
     for first in {n_in, rank}:
