@@ -80,7 +80,7 @@ def natural_gradient(
     On JAX each way is one compiled function (the last, by singular values, only where JAX has
     threads for their calls of LAPACK), and outside of `jax.jit` on a CPU
     such threads each call it with a part of a large stack; where it calls LAPACK, no more of them
-    than half of the threads that JAX has (as many as processors, or as NPROC says), since more
+    than half of the threads that JAX has (as many as usable processors, or as NPROC says), since more
     calls could wait for each other. Inverses of pairs are tried in float64 alone,
     and within `jax.jit`, on a CPU, neither they nor the one inverse,
     since a conditional costs more than it saves there.
