@@ -237,11 +237,12 @@ def test_one_centring_is_enough_below_a_bound(backend, dtype, distance, monkeypa
         assert bool(twice) == (distance > 1.0)
 
 
-def test_the_mean_of_many_samples_is_right_to_the_last_bit():
-    x = np.random.default_rng(0).uniform(1.0, 2.0, (300_001, 2)).astype(np.float32)
-    for weights in (None, np.ones(300_001, np.float32)):
+@pytest.mark.parametrize(("n", "kind"), [(300_001, np.float32), (20_001, np.float64)])
+def test_the_mean_of_many_samples_is_right_to_the_last_bit(n, kind):
+    x = np.random.default_rng(0).uniform(1.0, 2.0, (n, 2)).astype(kind)
+    for weights in (None, np.ones(n, kind)):
         mean = Moments.from_samples(x, weights=weights).mean
-        np.testing.assert_allclose(mean, exact(x)[0].astype(float), rtol=np.finfo(np.float32).eps)
+        np.testing.assert_allclose(mean, exact(x)[0].astype(float), rtol=np.finfo(kind).eps)
 
 
 # -------------------------------------------------------------------------- many samples
