@@ -660,7 +660,6 @@ def _centred_gram(xp: Namespace, x: Array, divisor: float, *, kurtosis: bool = F
         return _by_blocks(x, divisor, kurtosis)
     if x.shape[-2] < MANY_SAMPLES or not _arrays.can_branch(x):
         return _two_pass(xp, x, divisor, kurtosis)
-    # In a trace what is read twice is read once.
     once = x.shape[-2] <= FEW_SAMPLES and 64 * x.shape[-2] ** 2 * _arrays.eps(xp, x) < 1.0
 
     def shifted() -> tuple[Array, ...]:

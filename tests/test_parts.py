@@ -98,7 +98,7 @@ def test_so_many_parts_as_calls_of_lapack_can_be_side_by_side(
             at_work.add(threading.get_ident())
             return work(way)
 
-        assert len(ways) == count
+        assert len(ways) == count == threads
         return in_threads(noted, ways, count)
 
     monkeypatch.setattr(parts, "in_threads", spy)

@@ -501,30 +501,27 @@ def sklearn_loop(name: str, x: np.ndarray) -> np.ndarray:
 
 def chan_stream(xp: Any, chunks: tuple[Array, ...]) -> Array:
     """Covariance of samples that come in chunks, by the merge of Chan, Golub and LeVeque."""
-    count, mean, scatter = 0, None, None
-    for x in chunks:
-        n = x.shape[-2]
-        m = xp.mean(x, axis=-2, keepdims=True)
-        c = x - m
-        s = c.mT @ c
-        if scatter is None:
-            count, mean, scatter = n, m, s
-            continue
-        step = m - mean
-        total = count + n
-        scatter = scatter + s + step.mT @ (step * (count * n / total))
-        mean = mean + step * (n / total)
-        count = total
-    return scatter / count
+
+    def plain(x: Array) -> tuple[Array, Array, None]:
+        mean = xp.mean(x, axis=-2, keepdims=True)
+        c = x - mean
+        return mean, c.mT @ c, None
+
+    return _merged(chunks, plain)[0]
 
 
 def checked_stream(xp: Any, chunks: tuple[Array, ...]) -> tuple[Array, list[Any]]:
     """`chan_stream` with each chunk's scatter as in `checked_covariance`."""
-    count, mean, scatter, flags = 0, None, None, []
+    return _merged(chunks, functools.partial(_checked_scatter, xp))
+
+
+def _merged(chunks: tuple[Array, ...], of: Callable[[Array], tuple[Array, Array, Any]]) -> tuple[Array, list[Any]]:
+    """The covariance from each chunk's mean and scatter, and what else is said of each."""
+    count, mean, scatter, said = 0, None, None, []
     for x in chunks:
         n = x.shape[-2]
-        m, s, fits = _checked_scatter(xp, x)
-        flags.append(fits)
+        m, s, more = of(x)
+        said.append(more)
         if scatter is None:
             count, mean, scatter = n, m, s
             continue
@@ -533,7 +530,7 @@ def checked_stream(xp: Any, chunks: tuple[Array, ...]) -> tuple[Array, list[Any]
         scatter = scatter + s + step.mT @ (step * (count * n / total))
         mean = mean + step * (n / total)
         count = total
-    return scatter / count, flags
+    return scatter / count, said
 
 
 # ---------------------------------------------------------------------- Fisher information
