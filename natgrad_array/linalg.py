@@ -330,7 +330,7 @@ def _none_certified(xp: Namespace, a: Array, rtol: float | Array | None) -> bool
     if a.ndim < 3 or a.shape[-3] < 64 or _arrays.is_lazy(a):
         return False
     few = a[..., :: max(16, a.shape[-3] // 8), :, :]
-    root = xp.linalg.diagonal(_arrays.cholesky(xp, _arrays.plus_transpose(few)))
+    root = xp.linalg.diagonal(_arrays.cholesky(xp, few))
     least = rank_cutoff(xp, a, rtol if isinstance(rtol, float) else None) ** 0.5 * xp.max(root, axis=-1)
     return _arrays.eager_any(xp, xp.min(root, axis=-1) > least) is False
 
