@@ -263,22 +263,50 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     """`pinvh` behind the door: `a` floating and square, `rtol` and `method` checked.
 
     "auto" inverts through Cholesky factors and decomposes only the members without a
-    certificate. On eager arrays a few scalars say how many these are.
+    certificate. On eager arrays a few scalars say how many these are, in a JAX trace conditionals.
     """
-    if method == "eigh" or 0 in a.shape or (method == "auto" and _none_certified(xp, a, rtol)):
-        return _pinvh_eigh(xp, a, rtol)
+    hopeless = method == "auto" and 0 not in a.shape and _none_certified(xp, a, rtol)
+    if method == "eigh" or 0 in a.shape or hopeless is True:
+        return _pinvh_eigh(a, rtol)
     n = int(a.shape[-1])
     if n <= _arrays.BLAS_THREADS_FROM:
-        return _pinvh_cholesky(xp, a, rtol, method)
+        return _pinvh_cholesky(xp, a, rtol, method, hopeless)
+
+    how, own = _cutoffs(rtol)
 
     def of(part: Array, *cutoffs: Array) -> tuple[Array]:
-        return (_pinvh_cholesky(xp, part, cutoffs[0][..., 0, 0] if cutoffs else rtol, method),)
+        return (_pinvh_cholesky(xp, part, cutoffs[0][..., 0, 0] if cutoffs else how, method, hopeless),)
 
-    own = () if rtol is None or isinstance(rtol, float) else (rtol[..., None, None],)
     return _arrays.in_pieces(of, (a, *own), [(n, n)], one_by_one=True)[0]
 
 
-def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None, method: str) -> Array:
+def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None, method: str, hopeless: Array | bool) -> Array:
+    """`pinvh` by Cholesky factors, with members repaired; `hopeless` is true where none is worth the try."""
+    how, own = _cutoffs(rtol)
+    batch = _arrays.broadcast_shapes(tuple(array.shape[:-2]) for array in (a, *own))
+    certified, inverse = _arrays.branch(
+        hopeless,
+        lambda: (xp.zeros(batch, dtype=xp.bool), a),
+        lambda: _arrays.compiled(_certified_inverse, (how, method), a, a, *own),
+    )
+    if method == "cholesky":
+        return xp.where(certified[..., None, None], inverse, xp.nan)
+    own = tuple(cutoffs + xp.zeros_like(a[..., :1, :1]) for cutoffs in own)
+
+    def slow(a: Array, *cutoffs: Array) -> tuple[Array]:
+        return (_pinvh_eigh(a, cutoffs[0][..., 0, 0] if cutoffs else how),)
+
+    return _arrays.repair(xp, ~certified, (inverse,), (a, *own), slow)[0]
+
+
+def _cutoffs(rtol: float | Array | None) -> tuple[float | None, tuple[Array, ...]]:
+    """A relative cut-off as one number, or as none and stacks of matrices (*batch, 1, 1)."""
+    return (rtol, ()) if rtol is None or isinstance(rtol, float) else (None, (rtol[..., None, None],))
+
+
+def _certified_inverse(how: tuple[float | None, str], a: Array, *cutoffs: Array) -> tuple[Array, Array]:
+    """Which members have a certificate, and inverses that hold for those."""
+    (rtol, method), xp = how, _arrays.namespace(a)
     # To unit size, so that squares of entries stay in the range of the dtype.
     scale = xp.max(xp.abs(xp.linalg.diagonal(a)), axis=-1)[..., None, None]
     scale = xp.where(scale > 0.0, scale, 1.0)
@@ -286,24 +314,14 @@ def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None, method:
     unit *= 0.5 / scale
     factored, invert = _by_cholesky(xp, unit)
     if method == "auto" and _arrays.eager_any(xp, factored) is False:
-        return _pinvh_eigh(xp, a, rtol)
+        return factored, a
     inverse = invert()
-    cutoff = rank_cutoff(xp, a, rtol)
+    cutoff = cutoffs[0][..., 0, 0] if cutoffs else rank_cutoff(xp, a, rtol)
     # The inverse itself is only known to κ·n·eps, which the margin is for.
-    cutoff = (cutoff if isinstance(cutoff, float) else cutoff[..., 0]) + 4 * a.shape[-1] * _arrays.eps(xp, a)
-    certified = factored & (_condition_bound(xp, unit, inverse) * cutoff < 1.0)
+    margin = 4 * a.shape[-1] * _arrays.eps(xp, a)
+    certified = factored & (_condition_bound(xp, unit, inverse) * (cutoff + margin) < 1.0)
     inverse /= scale
-    if method == "cholesky":
-        return xp.where(certified[..., None, None], inverse, xp.nan)
-    if rtol is None or isinstance(rtol, float):
-        return _arrays.repair(xp, ~certified, (inverse,), (a,), lambda a: (_pinvh_eigh(xp, a, rtol),))[0]
-    return _arrays.repair(
-        xp,
-        ~certified,
-        (inverse,),
-        (a, rtol[..., None, None] + xp.zeros_like(a[..., :1, :1])),
-        lambda a, rtol: (_pinvh_eigh(xp, a, rtol[..., 0, 0]),),
-    )[0]
+    return certified, inverse
 
 
 def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
@@ -318,35 +336,42 @@ def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
     inverse = invert()
     seen = shift[..., 0, 0] > 16 * _arrays.eps(xp, a) * _arrays.norms(xp, a)
     certified = factored & seen
-    return _arrays.repair(xp, ~certified, (inverse,), (total,), lambda a: (_pinvh_eigh(xp, a, None),))[0]
+    return _arrays.repair(xp, ~certified, (inverse,), (total,), lambda a: (_pinvh_eigh(a, None),))[0]
 
 
-def _none_certified(xp: Namespace, a: Array, rtol: float | Array | None) -> bool:
-    """Whether not one of a few members of a large eager stack can have a certificate: then few will.
+def _none_certified(xp: Namespace, a: Array, rtol: float | Array | None) -> Array | bool:
+    """Whether not one of a few members of a large stack can have a certificate: then few will.
 
     Rounding gives some members of deficient rank a Cholesky factor, but with a small pivot:
     the condition number is at least the ratio of two pivots, the squares on a factor's diagonal.
     """
-    if a.ndim < 3 or a.shape[-3] < 64 or _arrays.is_lazy(a):
+    if a.ndim < 3 or a.shape[-3] < 64 or not _arrays.can_branch(a):
         return False
     few = a[..., :: max(16, a.shape[-3] // 8), :, :]
     root = xp.linalg.diagonal(_arrays.cholesky(xp, few))
     least = rank_cutoff(xp, a, rtol if isinstance(rtol, float) else None) ** 0.5 * xp.max(root, axis=-1)
-    return _arrays.eager_any(xp, xp.min(root, axis=-1) > least) is False
+    none = ~xp.any(xp.min(root, axis=-1) > least)
+    return none if _arrays.is_lazy(none) else bool(none)
 
 
-def _pinvh_eigh(xp: Namespace, a: Array, rtol: float | Array | None) -> Array:
+def _pinvh_eigh(a: Array, rtol: float | Array | None) -> Array:
+    how, own = _cutoffs(rtol)
+
     def of(part: Array, *cutoffs: Array) -> tuple[Array]:
-        own = rtol if rtol is None or isinstance(rtol, float) else cutoffs[0][..., 0, 0]
-        # Of the sum with the transpose, that is of 2a: half the inverse, and the sum of two halves is whole.
-        values, vectors, kept = eigh_kept(xp, _arrays.plus_transpose(part), own)
-        half = _arrays.spectral_product(xp, vectors, reciprocal(xp, values, kept))
-        return (_arrays.plus_transpose(half),)
+        return (_arrays.compiled(_spectral_inverse, how, part, part, *cutoffs),)
 
-    own = () if rtol is None or isinstance(rtol, float) else (rtol[..., None, None],)
     n = int(a.shape[-1])
     # Decompositions of larger matrices have threads within, which would wait for each other.
     return _arrays.in_pieces(of, (a, *own), [(n, n)])[0] if n < 16 else of(a, *own)[0]
+
+
+def _spectral_inverse(rtol: float | None, a: Array, *cutoffs: Array) -> Array:
+    """`pinvh` through the eigenvalues of every member."""
+    xp = _arrays.namespace(a)
+    # Of the sum with the transpose, that is of 2a: half the inverse, and the sum of two halves is whole.
+    values, vectors, kept = eigh_kept(xp, _arrays.plus_transpose(a), cutoffs[0][..., 0, 0] if cutoffs else rtol)
+    half = _arrays.spectral_product(xp, vectors, reciprocal(xp, values, kept))
+    return _arrays.plus_transpose(half)
 
 
 def _by_cholesky(xp: Namespace, a: Array) -> tuple[Array, Callable[[], Array]]:

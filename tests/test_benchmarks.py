@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import compare
@@ -222,6 +223,22 @@ def test_interleave_takes_turns_and_times_slow_calls_once():
     assert [len(times) for times in samples.values()] == [4, 4]
     assert {"a", "b"} == set(calls)
     assert [len(times) for times in measure.interleave({"a": lambda: None}, budget=1e-12).values()] == [1]
+
+
+def test_interleave_lets_the_fast_go_on_when_the_slow_have_had_their_share(monkeypatch):
+    now = [0.0]
+
+    def taking(seconds):
+        def call():
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(measure, "time", types.SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda _: None))
+    calls = {"fast": taking(0.125), "slow": taking(2.0), "slower": taking(64.0)}
+    samples = measure.interleave(calls, rounds=8, budget=15.0, warm=False)
+    assert samples == {"fast": [0.125] * 8, "slow": [2.0] * 4, "slower": [64.0]}
+    assert measure.interleave(calls, rounds=2, budget=2.0, warm=False)["slow"] == [2.0] * 2
 
 
 def test_count_of_library_calls_does_not_depend_on_members():

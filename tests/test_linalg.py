@@ -272,6 +272,22 @@ def test_a_sample_without_factors_sends_the_whole_stack_to_eigenvalues(
     np.testing.assert_allclose(found, np.linalg.pinv(matrix, hermitian=True), atol=1e-10)
 
 
+@pytest.mark.parametrize("deficient", [16, 1])
+@everywhere("dtype")
+def test_a_few_members_decide_how_and_not_what(backend: Backend, dtype: str, deficient: int) -> None:
+    """Also where a library decides in a trace, and where cut-offs have more members than matrices."""
+    matrix = positive_definite((80,), 5)
+    matrix[::deficient, 0] = matrix[::deficient, :, 0] = 0.0
+    matrix = matrix.astype(dtype)
+    expected = numpy_pinv(matrix, 1e-4)
+    actual = run_pinvh(backend, matrix)
+    assert_close(actual, expected, 30 * 5 * 10 * epsilon(actual))
+    grad, rtol = np.ones((2, 80, 5, 1), dtype=dtype), np.asarray([[1e-4], [0.2]], dtype=dtype)
+    actual = run_precondition(backend, grad, matrix, np.ones((1, 1), dtype=dtype), rtol=rtol)
+    expected = np.stack([numpy_pinv(matrix, cutoff) for cutoff in (1e-4, 0.2)]) @ grad
+    assert_close(actual, expected, 30 * 5 * 10 * epsilon(actual))
+
+
 @everywhere("dtype", "complete")
 def test_pinvh_penrose(backend: Backend, dtype: str, complete: str) -> None:
     made = [

@@ -106,13 +106,22 @@ def _square(a: Any) -> Any:
     return a @ a
 
 
+def _traced(backend: Backend, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Contestant]:
+    """On JAX ours is called as it is, and calls compiled functions of its own, as what a few members need says.
+
+    Beside it stands what it takes within a `jax.jit` of the user's.
+    """
+    return [Contestant("within a jit", "other", function, arguments)] if backend.name == "jax" else []
+
+
 def pinvh_full_rank(backend: Backend, dtype: str, *, batch: int, n: int) -> list[Contestant]:
     """`pinvh` of positive-definite matrices."""
     xp, a = backend.xp, backend.asarray(problems.definite(batch, n, dtype))
     return [
-        Contestant("pinvh", "ours", ng.pinvh, (a,)),
+        Contestant("pinvh", "ours", ng.pinvh, (a,), jit=False),
         Contestant("pinv(hermitian)", "written", functools.partial(peers.pinv, xp), (a,)),
         Contestant("inverse, rank not looked at", "other", functools.partial(peers.inverse, xp), (a,)),
+        *_traced(backend, ng.pinvh, (a,)),
         Contestant("a @ a", "product", _square, (a,)),
     ]
 
@@ -121,8 +130,9 @@ def pinvh_half_rank(backend: Backend, dtype: str, *, batch: int, n: int) -> list
     """`pinvh` of matrices of rank n/2, all of them."""
     a = backend.asarray(problems.half_rank(batch, n, dtype))
     return [
-        Contestant("pinvh", "ours", ng.pinvh, (a,)),
+        Contestant("pinvh", "ours", ng.pinvh, (a,), jit=False),
         Contestant("pinv(hermitian)", "written", functools.partial(peers.pinv, backend.xp), (a,)),
+        *_traced(backend, ng.pinvh, (a,)),
         Contestant("a @ a", "product", _square, (a,)),
     ]
 
@@ -182,7 +192,6 @@ def layerwise(
 ) -> list[Contestant]:
     """One direction of the layerwise rule for an ensemble."""
     layers, task, known = network(backend, dtype, sizes, batch, weights, noise)
-    # On JAX compiled functions of our own are called, by several threads and as what a few members need says.
     entries = [
         Contestant("layerwise", "ours", _natural("layerwise"), (layers, task), jit=False),
         Contestant("Eq 42 as written", "written", functools.partial(peers.written, backend.xp), (layers, known)),
@@ -192,9 +201,7 @@ def layerwise(
     condition = "good" if weights == "orthogonal" else "pairs" if dtype == "float64" else "layers"
     if (bare := peers.arithmetic(backend.xp, layers, condition=condition)) is not None:
         entries.append(Contestant("arithmetic alone", "other", *bare))
-    if backend.name == "jax":
-        entries.append(Contestant("within a jit", "other", _natural("layerwise"), (layers, task)))
-    return [*entries, _product(layers)]
+    return [*entries, *_traced(backend, _natural("layerwise"), (layers, task)), _product(layers)]
 
 
 def simulation(backend: Backend, dtype: str, *, sizes: tuple[int, ...], batch: int, steps: int) -> list[Contestant]:

@@ -38,8 +38,9 @@ def interleave(
     rounds : int
         At most so many samples of each.
     budget : float
-        No new round begins after so many seconds of calls, but there are three rounds at least (or
-        `rounds`, if fewer). A call that alone takes longer is timed once, and not in turns.
+        Seconds of calls, in equal shares: who has used up its own sits out the rounds that are left,
+        from the fourth on, so that a slow contestant takes no samples from the others. A call
+        that alone takes longer is timed once, and not in turns.
     warm : bool
         Call each once before, for compilers and caches.
 
@@ -60,13 +61,13 @@ def interleave(
             samples[label].append(seconds)
         else:
             numbers[label] = max(1, round(SAMPLE / max(seconds, 1e-7)))
-    order, spent = list(numbers), 0.0
+    order, spent = list(numbers), dict.fromkeys(numbers, 0.0)
     for done in range(rounds):
-        if done >= min(3, rounds) and spent > budget:
-            break
         # Whoever goes first finds the caches as the last one left them: take turns at that too.
         first = done % max(1, len(order))
         for label in order[first:] + order[:first]:
+            if done >= 3 and spent[label] > budget / len(order):
+                continue
             call, number = calls[label], numbers[label]
             time.sleep(REST)
             call()
@@ -75,7 +76,7 @@ def interleave(
                 call()
             seconds = time.perf_counter() - start
             samples[label].append(seconds / number)
-            spent += seconds
+            spent[label] += seconds
     return samples
 
 
