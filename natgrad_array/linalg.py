@@ -7,11 +7,11 @@ bodies that the rooms above call with arrays that have been checked already.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from natgrad_array import _arrays
-from natgrad_array._arrays import Array, Namespace
+from natgrad_array._arrays import Array, Namespace, Shape
 
 METHODS = ("auto", "eigh", "cholesky")
 
@@ -547,6 +547,22 @@ def kron(xp: Namespace, a: Array, b: Array) -> Array:
     product = a[..., :, None, :, None] * b[..., None, :, None, :]
     p, m, q, n = product.shape[-4:]
     return xp.reshape(product, (*product.shape[:-4], p * m, q * n))
+
+
+def kron_row(xp: Namespace, factors: Sequence[tuple[Array, Array]], batch: Shape) -> Array:
+    """a_1 ⊗ b_1, a_2 ⊗ b_2, ... side by side, of as many rows each: (*batch, m n, p_1 q_1 + p_2 q_2 + ...).
+
+    It is the product of two wide matrices, entry by entry, so that no pass over memory joins the blocks.
+    """
+    wide: tuple[list[Array], list[Array]] = ([], [])
+    for a, b in factors:
+        p, q = int(a.shape[-1]), int(b.shape[-1])
+        for side, part in zip(wide, (a[..., :, None], b[..., None, :]), strict=True):
+            core = (int(part.shape[-3]), p, q)
+            side.append(xp.reshape(xp.broadcast_to(part, (*batch, *core)), (*batch, core[0], p * q)))
+    left, right = (xp.concat(side, axis=-1) for side in wide)
+    m, n, width = int(left.shape[-2]), int(right.shape[-2]), int(left.shape[-1])
+    return xp.reshape(left[..., :, None, :] * right[..., None, :, :], (*batch, m * n, width))
 
 
 def vec(xp: Namespace, x: Array) -> Array:

@@ -906,6 +906,21 @@ def test_kron(backend: Backend, shapes: Any, batches: Any) -> None:
     assert_close(backend.to_numpy(actual), expected, 4 * epsilon(backend.to_numpy(actual)))
 
 
+@everywhere("dtype")
+def test_kron_row(backend: Backend, dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    shapes = [((2, 3), (4, 2)), ((2, 1), (4, 5)), ((2, 2), (4, 3))]
+    batches = [((), (3,)), ((2, 1), ()), ((2, 3), (3,))]
+    drawn = [
+        tuple(rng.standard_normal((*batch, *core)).astype(dtype) for batch, core in zip(*pair, strict=True))
+        for pair in zip(batches, shapes, strict=True)
+    ]
+    arrays = [backend.asarrays(*pair) for pair in drawn]
+    actual = backend.call(lambda *pairs: linalg.kron_row(backend.xp, pairs, (2, 3)), *arrays)
+    expected = [members(np.kron, *(np.broadcast_to(z, (2, 3, *z.shape[-2:])) for z in pair)) for pair in drawn]
+    assert_close(backend.to_numpy(actual), np.concatenate(expected, axis=-1), 4 * epsilon(backend.to_numpy(actual)))
+
+
 @pytest.mark.parametrize(
     ("batch", "shape"), [*((b, (2, 3)) for b in BATCH_SHAPES), ((), (3, 2)), ((2,), (0, 3))], ids=str
 )

@@ -379,6 +379,11 @@ def fisher_matvec(backend: Backend, dtype: str, *, sizes: tuple[int, ...], n: in
     return [*entries, _product(layers)]
 
 
+def _columns(operator: Any, parts: Sequence[Any]) -> list[Any]:
+    """An operator's products with a basis, some vectors at a time."""
+    return [operator @ part for part in parts]
+
+
 def fisher_dense(backend: Backend, dtype: str, *, sizes: tuple[int, ...], n: int) -> list[Contestant]:
     """Dense F."""
     xp = backend.xp
@@ -392,6 +397,10 @@ def fisher_dense(backend: Backend, dtype: str, *, sizes: tuple[int, ...], n: int
     if backend.name in ("torch", "jax"):
         autodiff = functools.partial(peers.autodiff_dense, xp)
         entries.append(Contestant("jvp and vjp", "written", autodiff, (layers, x)))
+    if backend.name == "torch" and (operator := peers.curvlinops_operator(layers, x)) is not None:
+        basis = xp.eye(operator.shape[-1], dtype=x.dtype, device=x.device)
+        columns = functools.partial(_columns, operator)
+        entries.append(Contestant("curvlinops, by columns", "other", columns, (basis.split(128, dim=-1),)))
     root = backend.asarray(np.ones((sum(m * k for m, k in itertools.pairwise(sizes)), 1), dtype=dtype))
     return [*entries, Contestant("a write of P × P", "product", lambda c: c @ c.mT, (root,))]
 

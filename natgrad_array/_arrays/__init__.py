@@ -90,7 +90,6 @@ from natgrad_array._arrays.repairs import first_flagged, put_back, repair
 from natgrad_array._arrays.routines import (
     add_outer,
     add_to_diagonal,
-    block_matrix,
     by_halving,
     cholesky,
     gram,
@@ -105,6 +104,7 @@ from natgrad_array._arrays.routines import (
     plus_transpose,
     reduce_blocks,
     spectral_product,
+    stack_rows,
     sum_rows,
 )
 from natgrad_array._arrays.schur import inverse_by_blocks, inverse_lower_by_blocks, inverts_by_blocks
@@ -126,7 +126,6 @@ __all__ = [
     "add_to_diagonal",
     "asarray_like",
     "available_bytes",
-    "block_matrix",
     "branch",
     "branches_freely",
     "broadcast_batch",
@@ -200,6 +199,7 @@ __all__ = [
     "repeat",
     "spectral_product",
     "split_rng",
+    "stack_rows",
     "stacks_for",
     "standard_normal",
     "sum_rows",

@@ -396,20 +396,12 @@ def by_halving(
         return tuple(xp.reshape(part, (*a.shape[:-2], *part.shape[1:])) for part in parts)
 
 
-def block_matrix(
-    xp: Namespace, block: Callable[[int, int], Array], sizes: Sequence[int], batch: Shape, like: Array
-) -> Array:
-    """Assemble a square matrix from its blocks; where the library writes in place, one block at a time lives."""
-    depth = range(len(sizes))
+def stack_rows(xp: Namespace, rows: Callable[[int], Array], sizes: Sequence[int], batch: Shape, like: Array) -> Array:
+    """Assemble a square matrix from rows of blocks; where the library writes in place, one row at a time lives."""
     if not any(test(like) for test in (is_numpy, is_cupy, is_torch)):
-        rows = [
-            xp.concat([xp.broadcast_to(block(i, j), (*batch, sizes[i], sizes[j])) for j in depth], axis=-1)
-            for i in depth
-        ]
-        return xp.concat(rows, axis=-2)
+        return xp.concat([rows(i) for i in range(len(sizes))], axis=-2)
     ends = list(itertools.accumulate(sizes, initial=0))
     whole = xp.empty((*batch, ends[-1], ends[-1]), dtype=like.dtype, device=device(like))
-    for i in depth:
-        for j in depth:
-            whole[..., ends[i] : ends[i + 1], ends[j] : ends[j + 1]] = block(i, j)
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+        whole[..., start:end, :] = rows(i)
     return whole

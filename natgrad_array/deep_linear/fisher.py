@@ -251,11 +251,12 @@ class DeepLinearFisher:
         )
         ahead, behind, error = self._products
 
-        def block(i: int, j: int) -> Array:
-            return linalg.kron(self._xp, behind[i] @ behind[j].mT, ahead[i] @ ahead[j].mT)
+        def rows(i: int) -> Array:
+            factors = [(behind[i] @ x.mT, ahead[i] @ e.mT) for e, x in zip(ahead, behind, strict=True)]
+            return linalg.kron_row(self._xp, factors, self.batch_shape)
 
         sizes = [int(layer.shape[-2] * layer.shape[-1]) for layer in self._layers]
-        return _arrays.block_matrix(self._xp, block, sizes, self.batch_shape, error)
+        return _arrays.stack_rows(self._xp, rows, sizes, self.batch_shape, error)
 
     @_arrays.quiet
     def matvec(self, tangent: Weights, /) -> tuple[Array, ...]:

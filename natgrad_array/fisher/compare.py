@@ -225,7 +225,11 @@ class _Estimated:
             return xp.sort(xp.concat(values, axis=-1), axis=-1)
         total = sum(sizes)
         _arrays.check_fits("the dense estimate", (*batch, total, total), xp, like, "compare a smaller network")
-        return linalg.eigh(xp, linalg.symmetric_part(_arrays.block_matrix(xp, filled, sizes, batch, like)))[0]
+
+        def rows(i: int) -> Array:
+            return xp.concat([filled(i, j) for j in layers], axis=-1)
+
+        return linalg.eigh(xp, linalg.symmetric_part(_arrays.stack_rows(xp, rows, sizes, batch, like)))[0]
 
 
 def _step(
