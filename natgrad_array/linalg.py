@@ -272,7 +272,7 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
     if n <= _arrays.BLAS_THREADS_FROM:
         return _pinvh_cholesky(xp, a, rtol, method, hopeless)
 
-    how, own = _cutoffs(rtol)
+    how, own = _cutoffs(a, rtol)
 
     def of(part: Array, *cutoffs: Array) -> tuple[Array]:
         return (_pinvh_cholesky(xp, part, cutoffs[0][..., 0, 0] if cutoffs else how, method, hopeless),)
@@ -281,13 +281,16 @@ def pinvh_checked(xp: Namespace, a: Array, rtol: float | Array | None, method: s
 
 
 def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None, method: str, hopeless: Array | bool) -> Array:
-    """`pinvh` by Cholesky factors, with members repaired; `hopeless` is true where none is worth the try."""
-    how, own = _cutoffs(rtol)
-    batch = _arrays.broadcast_shapes(tuple(array.shape[:-2]) for array in (a, *own))
+    """`pinvh` by Cholesky factors, with members repaired; a traced `hopeless` says whether none is worth the try."""
+    how, own = _cutoffs(a, rtol)
+
+    def none() -> tuple[Array, Array]:
+        # Made of the arguments: what varies over the devices of a mesh has to do so in both ways.
+        number = sum((array[..., 0, 0] for array in own), a[..., 0, 0])
+        return (number != number) & False, a
+
     certified, inverse = _arrays.branch(
-        hopeless,
-        lambda: (xp.zeros(batch, dtype=xp.bool), a),
-        lambda: _arrays.compiled(_certified_inverse, (how, method), a, a, *own),
+        hopeless, none, lambda: _arrays.compiled(_certified_inverse, (how, method), a, a, *own)
     )
     if method == "cholesky":
         return xp.where(certified[..., None, None], inverse, xp.nan)
@@ -299,13 +302,18 @@ def _pinvh_cholesky(xp: Namespace, a: Array, rtol: float | Array | None, method:
     return _arrays.repair(xp, ~certified, (inverse,), (a, *own), slow)[0]
 
 
-def _cutoffs(rtol: float | Array | None) -> tuple[float | None, tuple[Array, ...]]:
-    """A relative cut-off as one number, or as none and stacks of matrices (*batch, 1, 1)."""
+def _cutoffs(a: Array, rtol: float | Array | None) -> tuple[float | None, tuple[Array, ...]]:
+    """A relative cut-off as one number, or as none and a stack of matrices (*batch, 1, 1).
+
+    On JAX a given number is a stack too: what is compiled has to serve for all of them.
+    """
+    if isinstance(rtol, float) and _arrays.is_jax(a):
+        rtol = _arrays.namespace(a).asarray(rtol, dtype=a.dtype)
     return (rtol, ()) if rtol is None or isinstance(rtol, float) else (None, (rtol[..., None, None],))
 
 
 def _certified_inverse(how: tuple[float | None, str], a: Array, *cutoffs: Array) -> tuple[Array, Array]:
-    """Which members have a certificate, and inverses that hold for those."""
+    """Which members have a certificate, and inverses that hold for those; if there are none, `a` in their place."""
     (rtol, method), xp = how, _arrays.namespace(a)
     # To unit size, so that squares of entries stay in the range of the dtype.
     scale = xp.max(xp.abs(xp.linalg.diagonal(a)), axis=-1)[..., None, None]
@@ -320,8 +328,7 @@ def _certified_inverse(how: tuple[float | None, str], a: Array, *cutoffs: Array)
     # The inverse itself is only known to κ·n·eps, which the margin is for.
     margin = 4 * a.shape[-1] * _arrays.eps(xp, a)
     certified = factored & (_condition_bound(xp, unit, inverse) * (cutoff + margin) < 1.0)
-    inverse /= scale
-    return certified, inverse
+    return certified, _arrays.divide(inverse, scale)
 
 
 def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
@@ -355,7 +362,7 @@ def _none_certified(xp: Namespace, a: Array, rtol: float | Array | None) -> Arra
 
 
 def _pinvh_eigh(a: Array, rtol: float | Array | None) -> Array:
-    how, own = _cutoffs(rtol)
+    how, own = _cutoffs(a, rtol)
 
     def of(part: Array, *cutoffs: Array) -> tuple[Array]:
         return (_arrays.compiled(_spectral_inverse, how, part, part, *cutoffs),)
@@ -549,20 +556,22 @@ def kron(xp: Namespace, a: Array, b: Array) -> Array:
     return xp.reshape(product, (*product.shape[:-4], p * m, q * n))
 
 
-def kron_row(xp: Namespace, factors: Sequence[tuple[Array, Array]], batch: Shape) -> Array:
-    """a_1 ⊗ b_1, a_2 ⊗ b_2, ... side by side, of as many rows each: (*batch, m n, p_1 q_1 + p_2 q_2 + ...).
+def wide_factors(xp: Namespace, factors: Sequence[tuple[Array, Array]], batch: Shape) -> tuple[Array, Array]:
+    """Two matrices, (*batch, m, P) and (*batch, n, P), for a_1 ⊗ b_1, a_2 ⊗ b_2, ... side by side.
 
-    It is the product of two wide matrices, entry by entry, so that no pass over memory joins the blocks.
+    Row (i, j) of these is row i of the one times row j of the other, so that no pass over memory joins blocks.
     """
-    wide: tuple[list[Array], list[Array]] = ([], [])
-    for a, b in factors:
-        p, q = int(a.shape[-1]), int(b.shape[-1])
-        for side, part in zip(wide, (a[..., :, None], b[..., None, :]), strict=True):
-            core = (int(part.shape[-3]), p, q)
-            side.append(xp.reshape(xp.broadcast_to(part, (*batch, *core)), (*batch, core[0], p * q)))
-    left, right = (xp.concat(side, axis=-1) for side in wide)
-    m, n, width = int(left.shape[-2]), int(right.shape[-2]), int(left.shape[-1])
-    return xp.reshape(left[..., :, None, :] * right[..., None, :, :], (*batch, m * n, width))
+    sizes = [(int(a.shape[-1]), int(b.shape[-1])) for a, b in factors]
+
+    def wide(parts: list[Array]) -> Array:
+        rows = int(parts[0].shape[-3])
+        flat = [
+            xp.reshape(xp.broadcast_to(part, (*batch, rows, p, q)), (*batch, rows, p * q))
+            for part, (p, q) in zip(parts, sizes, strict=True)
+        ]
+        return flat[0] if len(flat) == 1 else xp.concat(flat, axis=-1)
+
+    return wide([a[..., :, None] for a, _ in factors]), wide([b[..., None, :] for _, b in factors])
 
 
 def vec(xp: Namespace, x: Array) -> Array:

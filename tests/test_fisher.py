@@ -286,6 +286,25 @@ def test_a_matrix_that_would_not_fit(dtype):
     assert [d.shape for d in fisher.matvec(weights)] == [w.shape for w in weights]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [((24, 24, 24, 24), 1.3), ((300, 1), 2.1), ((1, 300), 2.1), ((300, 1, 1), 3.1), ((2, 150), 2.1)],
+    ids=str,
+)
+def test_dense_matrix_takes_little_memory_beside_its_own(sizes, most):
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((m, n)) for n, m in itertools.pairwise(sizes)]
+    task = ng.GaussianTask(np.eye(sizes[0]), np.eye(sizes[-1]), np.zeros((sizes[-1], sizes[0])), np.eye(sizes[-1]))
+    fisher = dl.fisher(weights, task)
+    dense = fisher.to_dense()
+    tracemalloc.start()
+    try:
+        fisher.to_dense()
+        assert tracemalloc.get_traced_memory()[1] < most * dense.nbytes
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_stack_that_would_not_fit():
     """It is the whole stack that has to fit, not one member."""
     one = np.ones(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pickle
 from collections.abc import Callable, Iterable
@@ -32,6 +33,7 @@ from strategies import Drawn, indefinite, positive_semidefinite, symmetric
 
 import natgrad_array as ng
 from natgrad_array import _arrays, linalg
+from natgrad_array._arrays.control import _jitted
 
 METHODS = ["auto", "eigh", "cholesky"]
 COMPLETE = ["auto", "eigh"]  # the methods that answer for every matrix
@@ -272,12 +274,15 @@ def test_a_sample_without_factors_sends_the_whole_stack_to_eigenvalues(
     np.testing.assert_allclose(found, np.linalg.pinv(matrix, hermitian=True), atol=1e-10)
 
 
-@pytest.mark.parametrize("deficient", [16, 1])
+@pytest.mark.parametrize("deficient", [slice(0, None, 16), slice(None), slice(1, None, 2)], ids=str)
 @everywhere("dtype")
-def test_a_few_members_decide_how_and_not_what(backend: Backend, dtype: str, deficient: int) -> None:
-    """Also where a library decides in a trace, and where cut-offs have more members than matrices."""
+def test_a_few_members_decide_how_and_not_what(backend: Backend, dtype: str, deficient: slice) -> None:
+    """Also where a library decides in a trace, and where cut-offs have more members than matrices.
+
+    The few are every sixteenth: all of them are deficient, or none is.
+    """
     matrix = positive_definite((80,), 5)
-    matrix[::deficient, 0] = matrix[::deficient, :, 0] = 0.0
+    matrix[deficient, 0] = matrix[deficient, :, 0] = 0.0
     matrix = matrix.astype(dtype)
     expected = numpy_pinv(matrix, 1e-4)
     actual = run_pinvh(backend, matrix)
@@ -286,6 +291,28 @@ def test_a_few_members_decide_how_and_not_what(backend: Backend, dtype: str, def
     actual = run_precondition(backend, grad, matrix, np.ones((1, 1), dtype=dtype), rtol=rtol)
     expected = np.stack([numpy_pinv(matrix, cutoff) for cutoff in (1e-4, 0.2)]) @ grad
     assert_close(actual, expected, 30 * 5 * 10 * epsilon(actual))
+
+
+def test_pinvh_on_a_mesh() -> None:
+    """Both ways of a conditional are of arrays that vary over the devices."""
+    jax = pytest.importorskip("jax")
+    matrix = positive_definite((80,), 5).astype(np.float32)
+    over, spec = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("members",)), jax.sharding.PartitionSpec("members")
+    for cutoff in (None, 1e-4):
+        on_mesh = jax.shard_map(functools.partial(ng.pinvh, rtol=cutoff), mesh=over, in_specs=spec, out_specs=spec)
+        np.testing.assert_allclose(on_mesh(jax.numpy.asarray(matrix)), np.linalg.inv(matrix), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_compiled_serves_for_every_cutoff() -> None:
+    jax = pytest.importorskip("jax")
+    matrix = jax.numpy.asarray(positive_definite((2, 80), 5, condition=3.0), dtype="float32")
+    ways = [_jitted(function, False) for function in (linalg._certified_inverse, linalg._spectral_inverse)]
+    counts = []
+    for cutoff in (1e-4, 0.01, 0.1):
+        ng.pinvh(matrix, rtol=cutoff)
+        ng.pinvh(matrix, rtol=cutoff, method="eigh")
+        counts.append([way._cache_size() for way in ways])
+    assert counts[0] == counts[1] == counts[2] != [0, 0]
 
 
 @everywhere("dtype", "complete")
@@ -907,7 +934,7 @@ def test_kron(backend: Backend, shapes: Any, batches: Any) -> None:
 
 
 @everywhere("dtype")
-def test_kron_row(backend: Backend, dtype: str) -> None:
+def test_wide_factors(backend: Backend, dtype: str) -> None:
     rng = np.random.default_rng(1)
     shapes = [((2, 3), (4, 2)), ((2, 1), (4, 5)), ((2, 2), (4, 3))]
     batches = [((), (3,)), ((2, 1), ()), ((2, 3), (3,))]
@@ -916,7 +943,12 @@ def test_kron_row(backend: Backend, dtype: str) -> None:
         for pair in zip(batches, shapes, strict=True)
     ]
     arrays = [backend.asarrays(*pair) for pair in drawn]
-    actual = backend.call(lambda *pairs: linalg.kron_row(backend.xp, pairs, (2, 3)), *arrays)
+
+    def side_by_side(*pairs: Any) -> Any:
+        left, right = linalg.wide_factors(backend.xp, pairs, (2, 3))
+        return backend.xp.reshape(left[..., :, None, :] * right[..., None, :, :], (2, 3, 8, -1))
+
+    actual = backend.call(side_by_side, *arrays)
     expected = [members(np.kron, *(np.broadcast_to(z, (2, 3, *z.shape[-2:])) for z in pair)) for pair in drawn]
     assert_close(backend.to_numpy(actual), np.concatenate(expected, axis=-1), 4 * epsilon(backend.to_numpy(actual)))
 
@@ -1333,6 +1365,20 @@ def test_positive_inverses_by_blocks_are_as_accurate_as_those_of_lapack(backend:
         alone = np.linalg.pinv(positive[k].astype(np.float64), hermitian=True)
         assert np.linalg.norm(found[k] - alone) <= 2e3 * np.finfo(dtype).eps * np.linalg.norm(alone)
     assert np.isnan(found[3]).all()
+
+
+def test_pinvh_has_a_derivative_on_torch() -> None:
+    """That of the inverse, −A⁻¹ R A⁻¹ of ⟨R, A⁻¹⟩, beside members of lower rank."""
+    torch = pytest.importorskip("torch")
+    matrix = positive_definite((80,), 5)
+    matrix[1::2, 0] = matrix[1::2, :, 0] = 0.0
+    weight = np.random.default_rng(1).standard_normal(matrix.shape)
+    a = torch.asarray(matrix).requires_grad_()
+    (gradient,) = torch.autograd.grad((ng.pinvh(a) * torch.asarray(weight)).sum(), a)
+    inverse = np.linalg.inv(matrix[::2])
+    expected = -inverse @ weight[::2] @ inverse
+    expected = (expected + expected.swapaxes(-1, -2)) / 2
+    np.testing.assert_allclose(gradient.numpy()[::2], expected, atol=1e-9 * np.abs(expected).max())
 
 
 def test_what_needs_a_derivative_is_not_inverted_by_blocks_in_place() -> None:

@@ -107,7 +107,7 @@ def _square(a: Any) -> Any:
 
 
 def _traced(backend: Backend, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Contestant]:
-    """On JAX ours is called as it is, and calls compiled functions of its own, as what a few members need says.
+    """On JAX ours is called as it is, and runs compiled functions that it chooses by a look at the members.
 
     Beside it stands what it takes within a `jax.jit` of the user's.
     """

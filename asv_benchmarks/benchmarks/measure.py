@@ -26,7 +26,7 @@ REST = 0.04
 def interleave(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int = 15, budget: float = 5.0, warm: bool = True
 ) -> dict[str, list[float]]:
-    """Time contestants in turns, so that what the machine does meanwhile meets all of them alike.
+    """Time contestants in turns, so that what the machine does meanwhile meets all that take part alike.
 
     Each sample comes after a rest, in which the threads of the last contestant's BLAS leave the
     processors, and an untimed call: as in a loop that does nothing else.

@@ -92,6 +92,7 @@ from natgrad_array._arrays.routines import (
     add_to_diagonal,
     by_halving,
     cholesky,
+    divide,
     gram,
     has_fast_inverse,
     inverse,
@@ -104,7 +105,7 @@ from natgrad_array._arrays.routines import (
     plus_transpose,
     reduce_blocks,
     spectral_product,
-    stack_rows,
+    stack_products,
     sum_rows,
 )
 from natgrad_array._arrays.schur import inverse_by_blocks, inverse_lower_by_blocks, inverts_by_blocks
@@ -150,6 +151,7 @@ __all__ = [
     "counted_permutation",
     "describe",
     "device",
+    "divide",
     "eager_all",
     "eager_any",
     "eps",
@@ -199,7 +201,7 @@ __all__ = [
     "repeat",
     "spectral_product",
     "split_rng",
-    "stack_rows",
+    "stack_products",
     "stacks_for",
     "standard_normal",
     "sum_rows",

@@ -55,6 +55,14 @@ def add_outer(xp: Namespace, a: Array, row: Array, factor: float = 1.0) -> Array
     return a
 
 
+def divide(a: Array, b: Array) -> Array:
+    """A / b, in place of `a`, which is the caller's own, unless torch needs that for a derivative."""
+    if is_torch(a) and a.requires_grad:
+        return a / b
+    a /= b
+    return a
+
+
 def lerp(xp: Namespace, a: Array, b: Array, share: Array) -> Array:
     """The point a + share (b − a), from the nearer end on: a itself at 0 and b itself at 1, to the last bit."""
     if is_torch(a):
@@ -396,12 +404,33 @@ def by_halving(
         return tuple(xp.reshape(part, (*a.shape[:-2], *part.shape[1:])) for part in parts)
 
 
-def stack_rows(xp: Namespace, rows: Callable[[int], Array], sizes: Sequence[int], batch: Shape, like: Array) -> Array:
-    """Assemble a square matrix from rows of blocks; where the library writes in place, one row at a time lives."""
-    if not any(test(like) for test in (is_numpy, is_cupy, is_torch)):
-        return xp.concat([rows(i) for i in range(len(sizes))], axis=-2)
+def stack_products(
+    xp: Namespace, factors: Callable[[int], tuple[Array, Array]], sizes: Sequence[int], batch: Shape, like: Array
+) -> Array:
+    """A square matrix of which the k-th rows are all products of a row of one wide matrix with one of another.
+
+    Parameters
+    ----------
+    factors : callable
+        Takes k and returns the two, (*batch, m_k, P) and (*batch, n_k, P).
+    sizes : sequence of int
+        Their numbers of rows, m_k n_k; P is the sum.
+    """
+
+    def parts(k: int) -> tuple[Array, Array]:
+        left, right = factors(k)
+        return left[..., :, None, :], right[..., None, :, :]
+
     ends = list(itertools.accumulate(sizes, initial=0))
+    if not any(test(like) for test in (is_numpy, is_cupy, is_torch)):
+        rows = [xp.reshape(xp.multiply(*parts(k)), (*batch, size, ends[-1])) for k, size in enumerate(sizes)]
+        return xp.concat(rows, axis=-2)
     whole = xp.empty((*batch, ends[-1], ends[-1]), dtype=like.dtype, device=device(like))
-    for i, (start, end) in enumerate(itertools.pairwise(ends)):
-        whole[..., start:end, :] = rows(i)
+    for k, (start, end) in enumerate(itertools.pairwise(ends)):
+        left, right = parts(k)
+        room = whole[..., start:end, :].reshape((*batch, left.shape[-3], right.shape[-2], ends[-1]))
+        if is_torch(like):  # where nothing that is written through `out` has a derivative
+            room[...] = left * right
+        else:
+            xp.multiply(left, right, out=room)
     return whole

@@ -251,12 +251,12 @@ class DeepLinearFisher:
         )
         ahead, behind, error = self._products
 
-        def rows(i: int) -> Array:
-            factors = [(behind[i] @ x.mT, ahead[i] @ e.mT) for e, x in zip(ahead, behind, strict=True)]
-            return linalg.kron_row(self._xp, factors, self.batch_shape)
+        def factors(i: int) -> tuple[Array, Array]:
+            blocks = [(behind[i] @ x.mT, ahead[i] @ e.mT) for e, x in zip(ahead, behind, strict=True)]
+            return linalg.wide_factors(self._xp, blocks, self.batch_shape)
 
         sizes = [int(layer.shape[-2] * layer.shape[-1]) for layer in self._layers]
-        return _arrays.stack_rows(self._xp, rows, sizes, self.batch_shape, error)
+        return _arrays.stack_products(self._xp, factors, sizes, self.batch_shape, error)
 
     @_arrays.quiet
     def matvec(self, tangent: Weights, /) -> tuple[Array, ...]:

@@ -225,11 +225,8 @@ class _Estimated:
             return xp.sort(xp.concat(values, axis=-1), axis=-1)
         total = sum(sizes)
         _arrays.check_fits("the dense estimate", (*batch, total, total), xp, like, "compare a smaller network")
-
-        def rows(i: int) -> Array:
-            return xp.concat([filled(i, j) for j in layers], axis=-1)
-
-        return linalg.eigh(xp, linalg.symmetric_part(_arrays.stack_rows(xp, rows, sizes, batch, like)))[0]
+        rows = [xp.concat([filled(i, j) for j in layers], axis=-1) for i in layers]
+        return linalg.eigh(xp, linalg.symmetric_part(xp.concat(rows, axis=-2)))[0]
 
 
 def _step(
