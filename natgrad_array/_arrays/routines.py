@@ -56,7 +56,7 @@ def add_outer(xp: Namespace, a: Array, row: Array, factor: float = 1.0) -> Array
 
 
 def divide(a: Array, b: Array) -> Array:
-    """A / b, in place of `a`, which is the caller's own, unless torch needs that for a derivative."""
+    """The quotient of the two, in place of `a`, the caller's own, unless torch needs that for a derivative."""
     if is_torch(a) and a.requires_grad:
         return a / b
     a /= b

@@ -218,15 +218,15 @@ class _Estimated:
             block, shape = self._blocks[min(i, j), max(i, j)], (*batch, sizes[i], sizes[j])
             if block is None:
                 return xp.zeros(shape, dtype=like.dtype, device=_arrays.device(like))
-            return xp.broadcast_to(block if i <= j else block.mT, shape) + 0.0
+            return xp.broadcast_to(block if i <= j else block.mT, shape)
 
         if all(self._blocks[i, j] is None for i in layers for j in layers if i < j):
             values = [linalg.eigh(xp, linalg.symmetric_part(filled(i, i)))[0] for i in layers]
             return xp.sort(xp.concat(values, axis=-1), axis=-1)
         total = sum(sizes)
         _arrays.check_fits("the dense estimate", (*batch, total, total), xp, like, "compare a smaller network")
-        rows = [xp.concat([filled(i, j) for j in layers], axis=-1) for i in layers]
-        return linalg.eigh(xp, linalg.symmetric_part(xp.concat(rows, axis=-2)))[0]
+        whole = xp.concat([xp.concat([filled(i, j) for j in layers], axis=-1) for i in layers], axis=-2)
+        return linalg.eigh(xp, linalg.symmetric_part(whole))[0]
 
 
 def _step(
