@@ -328,7 +328,7 @@ def _certified_inverse(how: tuple[float | None, str], a: Array, *cutoffs: Array)
     # The inverse itself is only known to κ·n·eps, which the margin is for.
     margin = 4 * a.shape[-1] * _arrays.eps(xp, a)
     certified = factored & (_condition_bound(xp, unit, inverse) * (cutoff + margin) < 1.0)
-    return certified, _arrays.divide(inverse, scale)
+    return certified, _arrays.symmetrized(inverse, scale)
 
 
 def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
@@ -340,7 +340,7 @@ def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
     """
     total = _arrays.add_to_diagonal(xp, a + xp.zeros_like(shift), shift)
     factored, invert = _by_cholesky(xp, total)
-    inverse = invert()
+    inverse = _arrays.symmetrized(invert())
     seen = shift[..., 0, 0] > 16 * _arrays.eps(xp, a) * _arrays.norms(xp, a)
     certified = factored & seen
     return _arrays.repair(xp, ~certified, (inverse,), (total,), lambda a: (_pinvh_eigh(a, None),))[0]
@@ -382,11 +382,11 @@ def _spectral_inverse(rtol: float | None, a: Array, *cutoffs: Array) -> Array:
 
 
 def _by_cholesky(xp: Namespace, a: Array) -> tuple[Array, Callable[[], Array]]:
-    """Which members have a Cholesky factor, and a function that gives their inverses, symmetric."""
+    """Which members have a Cholesky factor, and a function that gives their inverses, symmetric up to rounding."""
     if _arrays.inverts_by_blocks(a, positive=True):
         half = _arrays.inverse_lower_by_blocks(a)
         # A row without a pivot is NaN, and the next ones need not be.
-        return xp.isfinite(xp.sum(xp.linalg.diagonal(half), axis=-1)), lambda: symmetric_part(half.mT @ half)
+        return xp.isfinite(xp.sum(xp.linalg.diagonal(half), axis=-1)), lambda: half.mT @ half
     factor = _arrays.cholesky(xp, a)
 
     def invert() -> Array:

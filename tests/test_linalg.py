@@ -1323,8 +1323,8 @@ def test_inverse_of_a_stack_with_bad_members(backend: Backend, dtype: str) -> No
 _SIZES_BY_BLOCKS = {
     ("jax", "float64"): (1, 5, 8, 13, 16, 24, 33),
     ("jax", "float32"): (1, 5, 8, 13, 16, 24, 33),
-    ("torch", "float32"): (1, 2, 13, 16, 17, 40, 100),
-    ("torch", "float64"): (1, 2, 8, 64, 72),
+    ("torch", "float32"): (1, 2, 8, 13, 24, 25, 40, 100, 200),
+    ("torch", "float64"): (1, 2, 8, 13, 24, 32, 72, 200),
 }
 
 

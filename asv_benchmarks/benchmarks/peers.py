@@ -34,10 +34,14 @@ def pinv(xp: Any, a: Array) -> Array:
 
 
 def inverse(xp: Any, a: Array) -> Array:
-    """`inv`, or torch's inverse by Cholesky: correct at full rank, and no one is told where rank is missing."""
-    if xp.__name__ == "torch":  # its LU fails on the CPU from n = 256 on
-        return xp.cholesky_inverse(xp.linalg.cholesky(a))
-    return xp.linalg.inv(a)
+    """`inv`, or torch's fastest way by Cholesky: correct at full rank, and no one is told where rank is missing."""
+    if xp.__name__ != "torch":
+        return xp.linalg.inv(a)
+    factor, n = xp.linalg.cholesky(a), int(a.shape[-1])
+    if n > 256:
+        return xp.cholesky_inverse(factor)
+    half = xp.linalg.solve_triangular(factor, xp.eye(n, dtype=a.dtype, device=a.device), upper=False)
+    return half.mT @ half
 
 
 def pinv_preconditioned(xp: Any, grad: Array, left: Array, right: Array) -> Array:

@@ -92,7 +92,6 @@ from natgrad_array._arrays.routines import (
     add_to_diagonal,
     by_halving,
     cholesky,
-    divide,
     gram,
     has_fast_inverse,
     inverse,
@@ -107,6 +106,7 @@ from natgrad_array._arrays.routines import (
     spectral_product,
     stack_products,
     sum_rows,
+    symmetrized,
 )
 from natgrad_array._arrays.schur import inverse_by_blocks, inverse_lower_by_blocks, inverts_by_blocks
 
@@ -151,7 +151,6 @@ __all__ = [
     "counted_permutation",
     "describe",
     "device",
-    "divide",
     "eager_all",
     "eager_any",
     "eps",
@@ -205,6 +204,7 @@ __all__ = [
     "stacks_for",
     "standard_normal",
     "sum_rows",
+    "symmetrized",
     "to_numpy",
     "usable_threads",
     "while_loop",

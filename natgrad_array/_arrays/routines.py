@@ -55,11 +55,19 @@ def add_outer(xp: Namespace, a: Array, row: Array, factor: float = 1.0) -> Array
     return a
 
 
-def divide(a: Array, b: Array) -> Array:
-    """The quotient of the two, in place of `a`, the caller's own, unless torch needs that for a derivative."""
+def symmetrized(a: Array, divisor: Array | None = None) -> Array:
+    """(a + aᵀ) / 2, over a divisor, for an `a`, the caller's own, that rounding alone keeps from being symmetric.
+
+    NumPy's products of a matrix with its own transpose are symmetric already.
+    """
+    if not is_numpy(a):
+        a, divisor = a + a.mT, 2.0 if divisor is None else 2.0 * divisor
+    if divisor is None:
+        return a
+    # Not in place where torch needs what was there for a derivative.
     if is_torch(a) and a.requires_grad:
-        return a / b
-    a /= b
+        return a / divisor
+    a /= divisor
     return a
 
 
@@ -287,7 +295,10 @@ def norms(xp: Namespace, a: Array) -> Array:
 
 
 def inverse_of_factored(factor: Array) -> Array | None:
-    """Inverses of matrices with given lower Cholesky factors by the library's own means, else None."""
+    """Inverses of matrices with given lower Cholesky factors by the library's own means, else None.
+
+    Symmetric up to rounding.
+    """
     if is_numpy(factor):
         return _gram_of_lower(_inverse_lower_in_place(factor))
     if is_torch(factor):
@@ -296,8 +307,7 @@ def inverse_of_factored(factor: Array) -> Array | None:
         jax = sys.modules["jax"]
         identity = jax.numpy.broadcast_to(jax.numpy.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
         half = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-        product = half.mT @ half
-        return 0.5 * (product + product.mT)
+        return half.mT @ half
     return None
 
 

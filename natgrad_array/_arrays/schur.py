@@ -1,7 +1,6 @@
 """Inverses of stacks of small matrices by matrix products, where LAPACK's calls take longer than those.
 
-In JAX on a CPU LAPACK works on one member after another, at a tenth of the rate of a product;
-torch's does so in float32.
+On a CPU JAX and torch hand LAPACK one member after another, at a tenth of the rate of a product.
 """
 
 from __future__ import annotations
@@ -16,10 +15,13 @@ from natgrad_array._arrays.libraries import Array, is_jax, is_torch
 FEWEST = 16
 """Of so many members on, blocks are faster than LAPACK's calls on JAX."""
 
-_FEWEST_ROWS = 2**13
+_FEWEST_ROWS = 2**9
 """Of so many rows of all members on, they are so on torch, where every operation takes some microseconds."""
 
-_LARGEST = 128
+_MANY_ROWS = 2**13
+"""Of so many on, torch takes less for a few operations on all of them than for a call of LAPACK for each."""
+
+_LARGEST = {"jax": 128, "torch": 256}
 """Larger positive definite matrices are better off with LAPACK's own blocks."""
 
 _LARGEST_GENERAL = 16
@@ -30,16 +32,20 @@ def inverts_by_blocks(a: Array, *, positive: bool = False) -> bool:
     """Whether `inverse_by_blocks` or `inverse_lower_by_blocks` is the faster way."""
     n, members = int(a.shape[-1]), math.prod(a.shape[:-2])
     if is_torch(a) and a.device.type == "cpu":
-        # In float64 LAPACK is as fast between these sizes. What works in place has no derivative.
-        pays = a.dtype.itemsize == 4 or not 8 < n < 64
-        return positive and pays and 1 <= n <= _LARGEST and members * n >= _FEWEST_ROWS and not a.requires_grad
+        # What works in place has no derivative.
+        fits = 1 <= n <= _LARGEST["torch"] and members * n >= _FEWEST_ROWS
+        return positive and fits and not a.requires_grad
     if not is_jax(a) or sys.modules["jax"].default_backend() != "cpu":
         return False
-    return members >= FEWEST and 1 <= n <= (_LARGEST if positive else _LARGEST_GENERAL)
+    return members >= FEWEST and 1 <= n <= (_LARGEST["jax"] if positive else _LARGEST_GENERAL)
 
 
 def _leaf(a: Array) -> int:
-    """Up to this size matrices are worked on row by row, with the members of the stack on the last axis."""
+    """What matrices are cut to.
+
+    JAX goes through those row by row, with the members of the stack on the last axis. So does torch
+    with many of this size at most, and leaves the others to LAPACK.
+    """
     return 8 if is_jax(a) else 16
 
 
@@ -87,8 +93,14 @@ def _inverse(a: Array) -> Array:
 
 
 def _inverse_lower(a: Array) -> Array:
-    if a.shape[-1] <= _leaf(a):
-        return _members_first(_eliminate_below(_members_last(a))) if is_jax(a) else _eliminate_in_place(a)
+    n = int(a.shape[-1])
+    if is_jax(a):
+        if n <= _leaf(a):
+            return _members_first(_eliminate_below(_members_last(a)))
+    elif n <= 8 and a.shape[0] * n >= _MANY_ROWS:
+        return _eliminate_in_place(a)
+    elif 2 * n <= 3 * _leaf(a):
+        return _inverse_of_factor(a)
     h = _half(a)
     first = _inverse_lower(a[:, :h, :h])
     t = a[:, h:, :h] @ first.mT
@@ -142,6 +154,14 @@ def _eliminate_below(a: Array) -> Array:
     pivots = jnp.diagonal(found, axis1=0, axis2=1).T
     unit = jnp.where((index > index.T)[..., None], found, jnp.eye(n, dtype=a.dtype)[..., None])
     return unit / jnp.sqrt(pivots)[:, None]
+
+
+def _inverse_of_factor(a: Array) -> Array:
+    """L⁻¹ on torch, by LAPACK's factorisation and its substitution."""
+    torch = sys.modules["torch"]
+    factor, failed = torch.linalg.cholesky_ex(a)
+    found = torch.linalg.solve_triangular(factor, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device), upper=False)
+    return found.masked_fill_((failed != 0)[:, None, None], math.nan) if bool(failed.any()) else found
 
 
 def _eliminate_in_place(a: Array) -> Array:
