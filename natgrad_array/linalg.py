@@ -354,7 +354,7 @@ def _none_certified(xp: Namespace, a: Array, rtol: float | Array | None) -> Arra
     """
     if a.ndim < 3 or a.shape[-3] < 64 or not _arrays.can_branch(a):
         return False
-    few = a[..., :: max(16, a.shape[-3] // 8), :, :]
+    few = a[..., :: max(32, a.shape[-3] // 4), :, :]
     root = xp.linalg.diagonal(_arrays.cholesky(xp, few))
     least = rank_cutoff(xp, a, rtol if isinstance(rtol, float) else None) ** 0.5 * xp.max(root, axis=-1)
     none = ~xp.any(xp.min(root, axis=-1) > least)

@@ -184,14 +184,15 @@ def test_direction_on_every_library(backend: Backend, sizes: tuple[int, ...]) ->
     assert_members([backend.to_numpy(d) for d in found], weights, given, 1e-10 if backend.float64 else 2e-4)
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, (4,) * 6, (8, 3, 3, 3, 3, 6)], ids=str)
 def test_every_rung_gives_the_same_direction(sizes: tuple[int, ...]) -> None:
     weights, given = network(sizes), moments(sizes[0], sizes[-1])
     task = ng.GaussianTask(*given)
     scale = 1.0 / len(weights)
     rungs = [ladder._by_gram_matrices, ladder._by_duals]
     if len(set(sizes)) == 1:
-        rungs += [square.by_one_inverse, square.by_pair_inverses, square.by_layer_inverses]
+        rungs += [square.by_one_inverse, square.by_layer_inverses]
+        rungs += [square.by_pair_inverses] if len(weights) > 2 else []
     if waist.is_waisted(weights, task.factors):
         rungs.append(waist.by_ends)
     for rung in rungs:

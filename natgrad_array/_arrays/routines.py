@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from natgrad_array._arrays.checks import broadcast_shapes
 from natgrad_array._arrays.libraries import (
     Array,
     Namespace,
@@ -69,6 +70,21 @@ def symmetrized(a: Array, divisor: Array | None = None) -> Array:
         return a / divisor
     a /= divisor
     return a
+
+
+def scaled_gap(a: Array, b: Array, c: Array, scale: float) -> Array:
+    """A new scale (a − b c), in one pass over memory on torch, and with one array on NumPy."""
+    batch = broadcast_shapes((b.shape[:-2], c.shape[:-2]))
+    if is_torch(a) and a.ndim == 3 and tuple(a.shape[:-2]) == batch:
+        b, c = (factor.expand(*batch, *factor.shape[-2:]) for factor in (b, c))
+        return sys.modules["torch"].baddbmm(a, b, c, beta=scale, alpha=-scale)
+    product = b @ c
+    if is_numpy(a) and a.shape == product.shape:
+        np.subtract(a, product, out=product)
+    else:
+        product = a - product
+    product *= scale
+    return product
 
 
 def lerp(xp: Namespace, a: Array, b: Array, share: Array) -> Array:

@@ -78,10 +78,15 @@ class Thin(NamedTuple):
 
     def times(self, y: Array) -> Array:
         """(x⁺)ᵀ y."""
+        first, last = self.times_as_product(y)
+        return linalg.matmul(first, last)
+
+    def times_as_product(self, y: Array) -> Pair:
+        """The two matrices whose product is (x⁺)ᵀ y."""
         m, n = self.x.shape[-2:]
         if m == n:
-            return linalg.matmul(self.core, y)
-        return self.core @ linalg.matmul(self.x, y) if m < n else self.x @ linalg.matmul(self.core, y)
+            return self.core, y
+        return (self.core, linalg.matmul(self.x, y)) if m < n else (self.x, linalg.matmul(self.core, y))
 
     def times_from_right(self, y: Array) -> Array:
         """Y x⁺."""

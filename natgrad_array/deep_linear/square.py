@@ -126,8 +126,8 @@ def by_pair_inverses(
     """W_i − W_i G⁻¹ T and W_{i+1} − T G⁻¹ W_{i+1} for each two layers, with G = W_{i+1} W_i.
 
     T is what the pair alone would have to become, W* between the inverses of the other pairs.
-    L/2 inverses and 4L − 4 products, 2n³ flops each, for an even L; for an odd one the last
-    layer is on its own. Errors go with the conditions of the pairs.
+    For L ≥ 3. L/2 inverses and 4L − 4 products, 2n³ flops each, for an even L; for an odd one
+    the last layer is on its own. Errors go with the conditions of the pairs.
     """
     return _by_inverses(xp, _pairs(layers), factors, scale, with_excess, pivots=False)
 
@@ -164,7 +164,7 @@ def _by_inverses(
     *,
     pivots: bool,
 ) -> Found:
-    """An inverse for each group, of one layer or two."""
+    """An inverse for each group, of one layer or two; there are two groups at least."""
     certified: Array = full_roots(xp, factors)
     products = tuple(group[0] if len(group) == 1 else group[1] @ group[0] for group in groups)
     inverses = []
@@ -173,21 +173,20 @@ def _by_inverses(
         fits = condition * layer_rounding(xp, inverse) < 1.0 if len(group) == 1 else trusted(xp, condition)
         certified = certified & fits
     ahead = [factors.optimum]
-    for inverse in inverses[:0:-1]:
+    for inverse in inverses[:1:-1]:
         ahead.append(inverse @ ahead[-1])
-    ahead.reverse()
-    found, behind = [], None
+    found, behind = [], inverses[0]
     for j, group in enumerate(groups):
-        if j:
-            behind = inverses[0] if behind is None else behind @ inverses[j - 1]
-        target = ahead[j] if behind is None else ahead[j] @ behind
-        parts = [target]
-        if len(group) == 2:
-            parts = [group[0] @ (inverses[j] @ target), (target @ inverses[j]) @ group[1]]
-        for layer, part in zip(group, parts, strict=True):
-            direction = layer - part
-            direction *= scale
-            found.append(direction)
+        # What the group alone would have to become, as a product of two.
+        first, last = (ahead[-j], behind) if j else (inverses[1], ahead[-1])
+        if 0 < j < len(groups) - 1:
+            behind = behind @ inverses[j]
+        if len(group) == 1:
+            found.append(_arrays.scaled_gap(group[0], first, last, scale))
+            continue
+        target = first @ last
+        found.append(_arrays.scaled_gap(group[0], group[0], inverses[j] @ target, scale))
+        found.append(_arrays.scaled_gap(group[1], target @ inverses[j], group[1], scale))
     if with_excess:
         product = products[0]
         for factor in products[1:]:

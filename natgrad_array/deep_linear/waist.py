@@ -8,7 +8,9 @@ multiplies W* is shared by all members.
 
 from __future__ import annotations
 
-from natgrad_array import linalg
+import functools
+
+from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
 from natgrad_array.deep_linear.duals import chains, full_roots, layer_rounding, thin, trusted
 from natgrad_array.deep_linear.products import half_square
@@ -33,30 +35,33 @@ def by_ends(
     left, right = chains(xp, layers, factors)
     front, back = thin(xp, left.factor(1)), thin(xp, right.factor(1))
     middle = [linalg.inverse(xp, layer) for layer in layers[1:-1]]
-    onto_front = front.times(factors.whiten(factors.optimum))
-    onto_back = back.times(xp.matrix_transpose(factors.unwhiten(factors.target))).mT
-    whole = None
-    for inverse, _ in middle:
-        whole = inverse if whole is None else whole @ inverse
+    # Each as the two matrices that it is the product of.
+    onto_front = front.times_as_product(factors.whiten(factors.optimum))
+    core, rest = back.times_as_product(xp.matrix_transpose(factors.unwhiten(factors.target)))
+    onto_back = rest.mT, core.mT
     root = factors.input_root
     seen = layers[0]
     if root.shape[-1] < root.shape[-2]:
         seen = linalg.matmul(seen, root @ factors.input_root_pinv)
-    found = [seen - (onto_front if whole is None else whole @ onto_front)]
+    between = []
     if middle:
+        whole = functools.reduce(lambda left, right: left @ right, (inverse for inverse, _ in middle))
+        onto_front = whole, linalg.matmul(*onto_front)
+        onto_back = onto_back[0] @ onto_back[1], whole
         # What E_i⁺ and X_i⁺ of the layers between the ends have in common, from the right.
-        ahead = [back.times_from_right(linalg.matmul(onto_front, root))]
+        ahead = [back.times_from_right(linalg.matmul(onto_front[1], root))]
         for inverse, _ in middle[:0:-1]:
             ahead.append(inverse @ ahead[-1])
-        behind = None
-        for i, (inverse, _) in enumerate(middle):
-            shared = ahead[-1 - i]
-            found.append(layers[1 + i] - (shared if behind is None else shared @ behind))
-            behind = inverse if behind is None else behind @ inverse
-    found.append(layers[-1] - (onto_back if whole is None else onto_back @ whole))
-    for i, direction in enumerate(found):
-        direction *= scale
-        found[i] = direction  # where a library cannot write in place, it is another array
+        between, behind = [layers[1] - ahead[-1]], middle[0][0]
+        between[0] *= scale
+        for layer, shared, (inverse, _) in zip(layers[2:-1], ahead[-2::-1], middle[1:], strict=True):
+            between.append(_arrays.scaled_gap(layer, shared, behind, scale))
+            behind = behind @ inverse
+    found = [
+        _arrays.scaled_gap(seen, *onto_front, scale),
+        *between,
+        _arrays.scaled_gap(layers[-1], *onto_back, scale),
+    ]
     if with_excess:
         found.append(half_square(xp, factors.target - left.factor(1).mT @ right.factor(len(layers) - 1)))
     certified: Array = full_roots(xp, factors)
