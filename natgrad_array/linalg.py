@@ -424,16 +424,23 @@ def inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
 def inverse_without_pivots(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """`inverse` by matrix products where these are faster, with the bound Inf where it may not be as accurate.
 
-    One member in 128 has pivots after all: most stacks need no more, and are spared another way.
+    Members with that bound have pivots after all: on JAX one in 128, most stacks need no more, and are
+    spared another way.
     """
     if not _arrays.inverts_by_blocks(a):
         return inverse(xp, a)
     result, condition = _by_blocks(xp, a)
-    batch = tuple(condition.shape)
-    places, (few,) = _arrays.first_flagged(xp, xp.isinf(condition), (a,), -(-math.prod(batch) // 128))
-    new, bound = inverse(xp, few)
-    values, new_values = (result, condition[..., None, None]), (new, bound[..., None, None])
-    result, condition = _arrays.put_back(xp, batch, values, new_values, places)
+    batch, flags, values = tuple(condition.shape), xp.isinf(condition), (result, condition[..., None, None])
+
+    def with_pivots(few: Array) -> tuple[Array, Array]:
+        new, bound = inverse(xp, few)
+        return new, bound[..., None, None]
+
+    if _arrays.is_jax(a):
+        places, (few,) = _arrays.first_flagged(xp, flags, (a,), -(-math.prod(batch) // 128))
+        result, condition = _arrays.put_back(xp, batch, values, with_pivots(few), places)
+    else:
+        result, condition = _arrays.repair(xp, flags, values, (a,), with_pivots, spent=True)
     return result, condition[..., 0, 0]
 
 

@@ -24,7 +24,7 @@ _MANY_ROWS = 2**13
 _LARGEST = {"jax": 128, "torch": 256}
 """Larger positive definite matrices are better off with LAPACK's own blocks."""
 
-_LARGEST_GENERAL = 16
+_LARGEST_GENERAL = {"jax": 16, "torch": 8}
 """Up to here the products that make up for missing pivots pay."""
 
 
@@ -32,12 +32,12 @@ def inverts_by_blocks(a: Array, *, positive: bool = False) -> bool:
     """Whether `inverse_by_blocks` or `inverse_lower_by_blocks` is the faster way."""
     n, members = int(a.shape[-1]), math.prod(a.shape[:-2])
     if is_torch(a) and a.device.type == "cpu":
+        fewest, largest = (_FEWEST_ROWS, _LARGEST) if positive else (_MANY_ROWS, _LARGEST_GENERAL)
         # What works in place has no derivative.
-        fits = 1 <= n <= _LARGEST["torch"] and members * n >= _FEWEST_ROWS
-        return positive and fits and not a.requires_grad
+        return 1 <= n <= largest["torch"] and members * n >= fewest and not a.requires_grad
     if not is_jax(a) or sys.modules["jax"].default_backend() != "cpu":
         return False
-    return members >= FEWEST and 1 <= n <= (_LARGEST["jax"] if positive else _LARGEST_GENERAL)
+    return members >= FEWEST and 1 <= n <= (_LARGEST if positive else _LARGEST_GENERAL)["jax"]
 
 
 def _leaf(a: Array) -> int:
@@ -80,10 +80,11 @@ def _half(a: Array) -> int:
 
 
 def _inverse(a: Array) -> Array:
-    n, jnp = int(a.shape[-1]), sys.modules["jax"].numpy
-    if n <= _leaf(a):
+    if not is_jax(a):
+        return _eliminate_all_in_place(a)
+    if a.shape[-1] <= _leaf(a):
         return _members_first(_eliminate(_members_last(a)))
-    h = _half(a)
+    h, jnp = _half(a), sys.modules["jax"].numpy
     first, q = _inverse(a[:, :h, :h]), a[:, :h, h:]
     t = a[:, h:, :h] @ first
     last = _inverse(a[:, h:, h:] - t @ q)
@@ -162,6 +163,19 @@ def _inverse_of_factor(a: Array) -> Array:
     factor, failed = torch.linalg.cholesky_ex(a)
     found = torch.linalg.solve_triangular(factor, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device), upper=False)
     return found.masked_fill_((failed != 0)[:, None, None], math.nan) if bool(failed.any()) else found
+
+
+def _eliminate_all_in_place(a: Array) -> Array:
+    """`_eliminate` on torch, of (members, n, n)."""
+    torch = sys.modules["torch"]
+    a = a.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+    for k in range(a.shape[0]):
+        pivot, column = a[k, k].reciprocal(), a[:, k].clone()
+        row = a[k] * pivot
+        row[k], column[k] = pivot, -1.0
+        a[:, k] = a[k] = 0.0
+        a.addcmul_(column[:, None], row, value=-1)
+    return a.permute(2, 0, 1).contiguous()
 
 
 def _eliminate_in_place(a: Array) -> Array:
