@@ -260,7 +260,7 @@ class DeepLinearFisher:
 
     @_arrays.quiet
     def matvec(self, tangent: Weights, /) -> tuple[Array, ...]:
-        """Multiply a tangent by F with 4L small products.
+        """Multiply a tangent by F with 4L − 2 small products, and two more for noise that is not the identity.
 
         Parameters
         ----------
@@ -551,18 +551,40 @@ class DeepLinearFisher:
 
     # ----------------------------------------------------------------------------- within
 
+    def _goes_by_outputs(self) -> bool:
+        """Whether there are fewer outputs than directions of the inputs: the smaller side is what layers multiply."""
+        n_out, rank = self._products.error.shape[-2:]
+        return int(n_out) <= int(rank)
+
     def _to_function_space(self, tangent: tuple[Array, ...]) -> Array:
-        """Cᵀ: the whitened end-to-end velocity of a tangent."""
-        ahead, behind, _ = self._products
-        total = ahead[0].mT @ tangent[0] @ behind[0]
-        for e, d, x in zip(ahead[1:], tangent[1:], behind[1:], strict=True):
-            total = total + e.mT @ d @ x
-        return total
+        """Cᵀ: the whitened end-to-end velocity Σ E_iᵀ D_i X_i of a tangent; what layers share is done once."""
+        (ahead, behind, _), layers = self._products, self._layers
+        whitens = self._task.factors.noise_root_inverse is not None
+        if self._goes_by_outputs():
+            total = ahead[-1].mT @ tangent[-1] if whitens else tangent[-1]
+            for e, d, w in zip(ahead[-2::-1], tangent[-2::-1], layers[-2::-1], strict=True):
+                total = total @ w + e.mT @ d
+            return linalg.matmul(total, behind[0])
+        total = linalg.matmul(tangent[0], behind[0])
+        for x, d, w in zip(behind[1:], tangent[1:], layers[1:], strict=True):
+            total = w @ total + d @ x
+        return ahead[-1].mT @ total if whitens else total
 
     def _from_function_space(self, h: Array) -> tuple[Array, ...]:
-        """C: the tangent E_i H X_iᵀ."""
-        ahead, behind, _ = self._products
-        return tuple(e @ h @ x.mT for e, x in zip(ahead, behind, strict=True))
+        """C: the tangent E_i H X_iᵀ, by the same steps the other way round."""
+        (ahead, behind, _), layers = self._products, self._layers
+        whitens, found = self._task.factors.noise_root_inverse is not None, []
+        if self._goes_by_outputs():
+            moved = linalg.matmul(h, behind[0].mT)
+            for e, w in zip(ahead[:-1], layers[:-1], strict=True):
+                found.append(e @ moved)
+                moved = moved @ w.mT
+            return (*found, ahead[-1] @ moved if whitens else moved)
+        moved = ahead[-1] @ h if whitens else h
+        for x, w in zip(behind[:0:-1], layers[:0:-1], strict=True):
+            found.append(moved @ x.mT)
+            moved = w.mT @ moved
+        return (linalg.matmul(moved, behind[0].mT), *found[::-1])
 
     def _dense_root(self) -> Array:
         """C as an array, (*batch, P, n_L ρ)."""
