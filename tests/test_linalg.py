@@ -270,7 +270,7 @@ def test_a_sample_without_factors_sends_the_whole_stack_to_eigenvalues(
     cholesky = _arrays.cholesky
     monkeypatch.setattr(_arrays, "cholesky", lambda xp, a: sizes.append(a.shape[0]) or cholesky(xp, a))
     found = ng.pinvh(matrix)
-    assert sizes == [5]
+    assert sizes == [3]
     np.testing.assert_allclose(found, np.linalg.pinv(matrix, hermitian=True), atol=1e-10)
 
 
