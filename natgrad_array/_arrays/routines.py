@@ -34,6 +34,12 @@ def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None
     NumPy knows the product of a matrix with its own transpose, computes half of it and
     mirrors that, so that no mean of both halves is needed.
     """
+    if is_torch(x) and x.ndim == 3 and isinstance(divisor, int | float):
+        # The product is scaled as it is made, and needs no pass over memory for that.
+        blank = x.new_empty(()).expand(x.shape[0], x.shape[2], x.shape[2])
+        half = sys.modules["torch"].baddbmm(blank, x.mT, x, beta=0, alpha=0.5 / divisor)
+        product = half + half.mT
+        return product if less is None else add_outer(xp, product, less / divisor**0.5, -1)
     product, halves = xp.matrix_transpose(x) @ x, 1
     if not (is_numpy(x) and _blas_layout(x)):
         # Halved after the sum: XLA would fuse the two halves into one rounding and one exact product.
