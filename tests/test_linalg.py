@@ -1241,6 +1241,21 @@ def test_inverse_of_factored_is_the_standard_one(backend: Backend, dtype: str, n
     np.testing.assert_allclose(standard, exact, rtol=0, atol=tolerance * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("shape", [(7, 4), (5, 7, 4), (2, 3, 7, 4)])
+def test_gram_is_symmetric_and_takes_a_row_off(backend: Backend, dtype: str, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(3)
+    x, row = (rng.standard_normal(size).astype(dtype) for size in (shape, (*shape[:-2], 1, shape[-1])))
+    for less in (None, row):
+        expected = np.swapaxes(x, -1, -2).astype(np.float64) @ x
+        expected = (expected - (0.0 if less is None else np.swapaxes(less, -1, -2) * less)) / 5.0
+        given = [x] if less is None else [x, less]
+        found = backend.to_numpy(
+            backend.call(lambda x, less=None: _arrays.gram(backend.xp, x, 5.0, less=less), *backend.asarrays(*given))
+        )
+        np.testing.assert_array_equal(found, np.swapaxes(found, -1, -2))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=100 * np.finfo(found.dtype).eps)
+
+
 @pytest.mark.parametrize("ranks", [(9, 9, 9), (3, 17, 12), (0, 0, 0), (0, 5, None)])
 def test_columns_left_out_of_a_spectral_product_count_for_nothing(
     backend: Backend, dtype: str, ranks: tuple[int | None, ...]
@@ -1365,6 +1380,7 @@ def test_positive_inverses_by_blocks_are_as_accurate_as_those_of_lapack(backend:
         alone = np.linalg.pinv(positive[k].astype(np.float64), hermitian=True)
         assert np.linalg.norm(found[k] - alone) <= 2e3 * np.finfo(dtype).eps * np.linalg.norm(alone)
     assert np.isnan(found[3]).all()
+    np.testing.assert_array_equal(found, found.mT)
 
 
 def test_pinvh_has_a_derivative_on_torch() -> None:
@@ -1413,6 +1429,10 @@ def test_inverses_by_blocks_are_as_accurate_as_those_of_lapack(backend: Backend,
     general[3, 0, 0] = 30 * eps  # loses nearly all digits without a pivot, and comes out finite
     (a,) = backend.asarrays(general)
     assert _arrays.inverts_by_blocks(a)
+    # What is certified later could all have been repaired: most members need no repair.
+    bare = backend.to_numpy(_arrays.inverse_by_blocks(a))[4:-1]
+    rest = general[4:-1].astype(np.float64)
+    assert np.median(np.abs(rest @ bare - np.eye(n)).max((-2, -1))) < 1e3 * n * eps
     inverse, condition = linalg.inverse_without_pivots(backend.xp, a)
     assert np.array_equal(backend.to_numpy(a), general, equal_nan=True)
     certified = np.isfinite(backend.to_numpy(condition))
