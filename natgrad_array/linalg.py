@@ -320,7 +320,8 @@ def _certified_inverse(how: tuple[float | None, str], a: Array, *cutoffs: Array)
     scale = xp.where(scale > 0.0, scale, 1.0)
     unit = _arrays.plus_transpose(a)
     unit *= 0.5 / scale
-    factored, invert = _by_cholesky(xp, unit)
+    has_factor, invert = _by_cholesky(xp, unit)
+    factored = has_factor()
     if method == "auto" and _arrays.eager_any(xp, factored) is False:
         return factored, a
     inverse = invert()
@@ -339,10 +340,10 @@ def shifted_inverse(xp: Namespace, a: Array, shift: Array) -> Array:
     is one to trust, and no rank is in doubt.
     """
     total = _arrays.add_to_diagonal(xp, a + xp.zeros_like(shift), shift)
-    factored, invert = _by_cholesky(xp, total)
+    has_factor, invert = _by_cholesky(xp, total)
     inverse = _arrays.symmetrized(invert())
     seen = shift[..., 0, 0] > 16 * _arrays.eps(xp, a) * _arrays.norms(xp, a)
-    certified = factored & seen
+    certified = has_factor() & seen
     return _arrays.repair(xp, ~certified, (inverse,), (total,), lambda a: (_pinvh_eigh(a, None),))[0]
 
 
@@ -381,12 +382,12 @@ def _spectral_inverse(rtol: float | None, a: Array, *cutoffs: Array) -> Array:
     return _arrays.plus_transpose(half)
 
 
-def _by_cholesky(xp: Namespace, a: Array) -> tuple[Array, Callable[[], Array]]:
-    """Which members have a Cholesky factor, and a function that gives their inverses, symmetric up to rounding."""
+def _by_cholesky(xp: Namespace, a: Array) -> tuple[Callable[[], Array], Callable[[], Array]]:
+    """Functions that say which members have a Cholesky factor, and give their inverses, symmetric up to rounding."""
     if _arrays.inverts_by_blocks(a, positive=True):
         half = _arrays.inverse_lower_by_blocks(a)
         # A row without a pivot is NaN, and the next ones need not be.
-        return xp.isfinite(xp.sum(xp.linalg.diagonal(half), axis=-1)), lambda: half.mT @ half
+        return lambda: xp.isfinite(xp.sum(xp.linalg.diagonal(half), axis=-1)), lambda: half.mT @ half
     factor = _arrays.cholesky(xp, a)
 
     def invert() -> Array:
@@ -396,7 +397,7 @@ def _by_cholesky(xp: Namespace, a: Array) -> tuple[Array, Callable[[], Array]]:
         half = inverse_lower(xp, factor)
         return half.mT @ half
 
-    return xp.isfinite(factor[..., -1, -1]), invert
+    return lambda: xp.isfinite(factor[..., -1, -1]), invert
 
 
 def _condition_bound(xp: Namespace, a: Array, inverse: Array) -> Array:
@@ -483,6 +484,14 @@ def positive_inverse(xp: Namespace, a: Array) -> tuple[Array, Array]:
         return inverse(xp, a)
     result = _by_cholesky(xp, a)[1]()
     return result, _condition_bound(xp, a, result)
+
+
+def positive_inverses(xp: Namespace, a: Array, b: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """`positive_inverse` of two stacks; as one where calls take longer than their work."""
+    if tuple(a.shape) != tuple(b.shape) or not _arrays.calls_outweigh_work(a):
+        return positive_inverse(xp, a), positive_inverse(xp, b)
+    result, condition = positive_inverse(xp, xp.stack((a, b)))
+    return (result[0, ...], condition[0, ...]), (result[1, ...], condition[1, ...])
 
 
 def inverse_lower(xp: Namespace, lower: Array) -> Array:

@@ -91,6 +91,10 @@ class Backend:
         """
         return _call_jitted(f, args, kwargs) if self.jit else f(*args, **kwargs)
 
+    def call_optimized(self, f: Callable[..., Any], /, *args: Any) -> Any:
+        """`call`, compiled as for users: what is fused, and so rounded once, is not the same without."""
+        return jax.jit(f, compiler_options=_OPTIMIZED)(*args) if self.jit else f(*args)
+
     def check(self, array: Any, like: Any, *, dtype: Any = None) -> None:
         """Assert that `array` has the library, device and dtype of `like` (or the dtype given)."""
         assert compat.is_array_api_obj(array), f"not an array: {array!r}"
@@ -117,6 +121,13 @@ class _Static:
 
 
 jax.tree_util.register_pytree_node(_Static, lambda node: ((), node.value), lambda value, _: _Static(value))
+
+_OPTIMIZED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+"""XLA's own settings, in place of those of `conftest`."""
 
 _compiled: dict[Any, Callable[..., Any]] = {}
 

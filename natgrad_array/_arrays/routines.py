@@ -25,7 +25,7 @@ from natgrad_array._arrays.libraries import (
     is_numpy,
     is_torch,
 )
-from natgrad_array._arrays.pieces import BLAS_THREADS_FROM
+from natgrad_array._arrays.pieces import BLAS_THREADS_FROM, PIECE_BYTES
 
 
 def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None) -> Array:
@@ -264,6 +264,11 @@ def has_fast_inverse(a: Array) -> bool:
     By sizes alone, so that digits do not depend on where it is called.
     """
     return bool(is_numpy(a) and a.shape[-1] <= BLAS_THREADS_FROM and a.size < 2**13)
+
+
+def calls_outweigh_work(a: Array) -> bool:
+    """Whether a stack is so small that its calls take longer than what they do: on torch."""
+    return is_torch(a) and a.device.type == "cpu" and math.prod(a.shape) * a.element_size() <= PIECE_BYTES
 
 
 def merges_products(a: Array, b: Array) -> bool:

@@ -182,14 +182,15 @@ def _eliminate_in_place(a: Array) -> Array:
     """`_eliminate_below` on torch, of (members, n, n)."""
     torch = sys.modules["torch"]
     a = a.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
-    for k in range(a.shape[0] - 1):
-        column = a[k + 1 :, k]
-        share = column / a[k, k]
-        column.zero_()
-        a[k + 1 :].addcmul_(share[:, None], a[k], value=-1)
+    for k, row in enumerate(a.unbind(0)[:-1]):
+        rest = a[k + 1 :]
+        column = rest[:, k]
+        share = column / row[k]
+        rest.addcmul_(share[:, None], row, value=-1)
         torch.neg(share, out=column)
+        row[k + 1 :].zero_()
     diagonal = a.diagonal(dim1=0, dim2=1)
     scale = diagonal.rsqrt()
     a *= scale.mT[:, None]
     diagonal.copy_(scale)
-    return a.permute(2, 0, 1).tril()
+    return a.permute(2, 0, 1).contiguous()

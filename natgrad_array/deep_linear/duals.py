@@ -126,8 +126,20 @@ def thin(xp: Namespace, x: Array) -> Thin:
     if m == n:
         core, condition = linalg.inverse(xp, x)
         return Thin(x, core.mT, condition)
-    core, condition = linalg.positive_inverse(xp, x @ x.mT if m < n else x.mT @ x)
-    return Thin(x, core, condition)
+    return Thin(x, *linalg.positive_inverse(xp, _smaller_gram(x)))
+
+
+def thin_pair(xp: Namespace, x: Array, y: Array) -> tuple[Thin, Thin]:
+    """`thin` of both."""
+    if any(z.shape[-2] == z.shape[-1] for z in (x, y)):
+        return thin(xp, x), thin(xp, y)
+    first, last = linalg.positive_inverses(xp, _smaller_gram(x), _smaller_gram(y))
+    return Thin(x, *first), Thin(y, *last)
+
+
+def _smaller_gram(x: Array) -> Array:
+    m, n = x.shape[-2:]
+    return x @ x.mT if m < n else x.mT @ x
 
 
 def _residual(xp: Namespace, product: Array) -> Array:

@@ -12,7 +12,7 @@ import functools
 
 from natgrad_array import _arrays, linalg
 from natgrad_array._arrays import Array, Namespace
-from natgrad_array.deep_linear.duals import chains, full_roots, layer_rounding, thin, trusted
+from natgrad_array.deep_linear.duals import chains, full_roots, layer_rounding, thin_pair, trusted
 from natgrad_array.deep_linear.products import half_square
 from natgrad_array.deep_linear.task import TaskFactors
 
@@ -33,7 +33,7 @@ def by_ends(
     inverse and at most four products of r³.
     """
     left, right = chains(xp, layers, factors)
-    front, back = thin(xp, left.factor(1)), thin(xp, right.factor(1))
+    front, back = thin_pair(xp, left.factor(1), right.factor(1))
     middle = [linalg.inverse(xp, layer) for layer in layers[1:-1]]
     # Each as the two matrices that it is the product of.
     onto_front = front.times_as_product(factors.whiten(factors.optimum))
