@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import contextvars
 import functools
 import math
 import os
+import pathlib
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +23,10 @@ from natgrad_array._arrays.schur import FEWEST
 
 PIECE_BYTES = 2**20
 """The size of one stack of matrices that stays in a processor's cache with a few others."""
+
+
+MAPPED_BYTES = 2**25
+"""From here on glibc has memory for an array mapped anew each time, which takes longer than to fill it."""
 
 
 BLAS_THREADS_FROM = 64
@@ -55,7 +61,8 @@ def _pieces(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> 
     Products of matrices below 16 × 16 are over so soon that passes over memory decide: all
     stacks of a step, and not only a few, have to stay there.
     Large matrices take their turns, so that a piece may fill the cache that processors share.
-    So do all on torch, where a call costs more, and a stack that fits a few times is left whole.
+    So do all on torch, where a call costs more, and a stack that fits a few times is left whole, as
+    are all that the last cache of a large processor holds together.
     On JAX pieces are rounds of a loop, of one length, and long enough to be inverted by blocks.
     """
     if is_jax(arrays[0]):
@@ -64,7 +71,9 @@ def _pieces(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> 
         return max((k for k in range(1, most + 1) if max(batch) % k == 0), default=1)
     if not is_numpy(arrays[0]):
         stack = math.prod(batch) * _member_bytes(arrays, cores)
-        return -(-stack // (2 * PIECE_BYTES)) if stack >= 8 * PIECE_BYTES else 1
+        if stack < 8 * PIECE_BYTES or (stack < MAPPED_BYTES and 2 * _all_bytes(batch, arrays, cores) <= _cache_bytes()):
+            return 1
+        return -(-stack // (2 * PIECE_BYTES))
     largest = max(side for core in cores for side in core)
     limit = PIECE_BYTES // 4 if largest < 16 else PIECE_BYTES if largest <= BLAS_THREADS_FROM else 4 * PIECE_BYTES
     count = -(-math.prod(batch) * _member_bytes(arrays, cores) // limit)
@@ -76,6 +85,22 @@ def _member_bytes(arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
     """Bytes of the largest matrix of one member."""
     sizes = [math.prod(array.shape[-2:]) for array in arrays if array.ndim > 2] + [math.prod(core) for core in cores]
     return int(max(sizes) * arrays[0].dtype.itemsize)
+
+
+def _all_bytes(batch: Shape, arrays: tuple[Array, ...], cores: Sequence[Shape]) -> int:
+    """Bytes of all stacks that come in or go out."""
+    sizes = [math.prod(array.shape) for array in arrays] + [math.prod(batch) * math.prod(core) for core in cores]
+    return int(sum(sizes) * arrays[0].dtype.itemsize)
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    """The size of the last cache that the first processor has, as Linux tells it; 0 elsewhere."""
+    found = 0
+    for path in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            found = max(found, int(path.read_text().strip().removesuffix("K")) * 2**10)
+    return found
 
 
 def in_pieces(
