@@ -305,6 +305,18 @@ def test_dense_matrix_takes_little_memory_beside_its_own(sizes, most):
         tracemalloc.stop()
 
 
+def test_the_dense_matrix_of_torch_has_its_derivatives():
+    """It is written where it belongs in one pass, which torch does not differentiate."""
+    torch = pytest.importorskip("torch")
+    problem = well_conditioned((3, 2, 2), seed=2)
+    weights = tuple(torch.asarray(w, requires_grad=True) for w in problem.weights)
+    task = ng.GaussianTask(*(torch.asarray(moment) for moment in problem.moments))
+    assert torch.autograd.gradcheck(lambda *w: dl.fisher(w, task).to_dense(), weights)
+    given = dl.fisher(problem.weights, ng.GaussianTask(*problem.moments)).to_dense()
+    with torch.no_grad():
+        np.testing.assert_allclose(dl.fisher(weights, task).to_dense().numpy(), given, rtol=0, atol=1e-14)
+
+
 def test_a_stack_that_would_not_fit():
     """It is the whole stack that has to fit, not one member."""
     one = np.ones(())

@@ -466,8 +466,8 @@ def stack_products(
     for k, (start, end) in enumerate(itertools.pairwise(ends)):
         left, right = parts(k)
         room = whole[..., start:end, :].reshape((*batch, left.shape[-3], right.shape[-2], ends[-1]))
-        if is_torch(like):  # where nothing that is written through `out` has a derivative
-            room[...] = left * right
-        else:
+        try:
             xp.multiply(left, right, out=room)
+        except RuntimeError:  # torch's, of what has a derivative
+            room[...] = left * right
     return whole
