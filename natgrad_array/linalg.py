@@ -387,7 +387,7 @@ def _by_cholesky(xp: Namespace, a: Array) -> tuple[Callable[[], Array], Callable
     if _arrays.inverts_by_blocks(a, positive=True):
         half = _arrays.inverse_lower_by_blocks(a)
         # A row without a pivot is NaN, and the next ones need not be.
-        return lambda: xp.isfinite(xp.sum(xp.linalg.diagonal(half), axis=-1)), lambda: half.mT @ half
+        return lambda: xp.isfinite(xp.sum(xp.linalg.diagonal(half), axis=-1)), lambda: _arrays.gram_of_lower(half)
     factor = _arrays.cholesky(xp, a)
 
     def invert() -> Array:

@@ -38,6 +38,15 @@ from natgrad_array._arrays.control import (
     stacks_for,
     while_loop,
 )
+from natgrad_array._arrays.factorisations import (
+    BLAS_THREADS_FROM,
+    by_halving,
+    cholesky,
+    gram_of_lower,
+    inverse,
+    inverse_of_factored,
+    nan_unless_factor,
+)
 from natgrad_array._arrays.libraries import (
     Array,
     Namespace,
@@ -70,7 +79,6 @@ from natgrad_array._arrays.libraries import (
 from natgrad_array._arrays.memory import available_bytes, check_fits
 from natgrad_array._arrays.parts import in_parts
 from natgrad_array._arrays.pieces import (
-    BLAS_THREADS_FROM,
     PIECE_BYTES,
     in_pieces,
     in_threads,
@@ -90,17 +98,12 @@ from natgrad_array._arrays.repairs import first_flagged, put_back, repair
 from natgrad_array._arrays.routines import (
     add_outer,
     add_to_diagonal,
-    by_halving,
     calls_outweigh_work,
-    cholesky,
     gram,
     has_fast_inverse,
-    inverse,
-    inverse_of_factored,
     lerp,
     mean_rows,
     merges_products,
-    nan_unless_factor,
     norms,
     plus_transpose,
     reduce_blocks,
@@ -162,6 +165,7 @@ __all__ = [
     "finite_members",
     "first_flagged",
     "gram",
+    "gram_of_lower",
     "has_fast_inverse",
     "in_parts",
     "in_pieces",

@@ -18,6 +18,7 @@ import numpy as np
 
 from natgrad_array._arrays.checks import broadcast_shapes
 from natgrad_array._arrays.control import usable_processors
+from natgrad_array._arrays.factorisations import BLAS_THREADS_FROM
 from natgrad_array._arrays.libraries import Array, Shape, is_jax, is_lazy, is_numpy, is_torch, namespace
 from natgrad_array._arrays.schur import FEWEST
 
@@ -27,10 +28,6 @@ PIECE_BYTES = 2**20
 
 MAPPED_BYTES = 2**25
 """From here on glibc has memory for an array mapped anew each time, which takes longer than to fill it."""
-
-
-BLAS_THREADS_FROM = 64
-"""OpenBLAS gives products of larger matrices threads of its own."""
 
 
 def pays_in_pieces(arrays: tuple[Array, ...], cores: Sequence[Shape], *, one_by_one: bool = False) -> bool:

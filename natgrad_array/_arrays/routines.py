@@ -12,20 +12,19 @@ from typing import Any
 import numpy as np
 
 from natgrad_array._arrays.checks import broadcast_shapes
+from natgrad_array._arrays.factorisations import BLAS_THREADS_FROM
 from natgrad_array._arrays.libraries import (
     Array,
     Namespace,
     Shape,
     device,
-    eps,
     eye,
-    finite_members,
     is_cupy,
     is_jax,
     is_numpy,
     is_torch,
 )
-from natgrad_array._arrays.pieces import BLAS_THREADS_FROM, PIECE_BYTES
+from natgrad_array._arrays.pieces import PIECE_BYTES
 
 
 def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None) -> Array:
@@ -223,41 +222,6 @@ def spectral_product(xp: Namespace, vectors: Array, values: Array) -> Array:
     return (vectors * values[..., None, :]) @ xp.matrix_transpose(vectors)
 
 
-def cholesky(xp: Namespace, a: Array) -> Array:
-    """Lower Cholesky factors; NaN in members that have none.
-
-    NumPy's public function raises for a whole stack and computes float32 in float64; the
-    generalised ufunc behind it writes NaN into the members that fail and keeps the dtype.
-    """
-    kernel = getattr(getattr(np.linalg, "_umath_linalg", None), "cholesky_lo", None)
-    if is_numpy(a):
-        if kernel is not None:
-            with np.errstate(all="ignore"):
-                return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
-    elif is_torch(a):
-        return _nan_where_failed(*sys.modules["torch"].linalg.cholesky_ex(a))
-    elif is_jax(a):
-        return xp.linalg.cholesky(a)
-    elif is_cupy(a):
-        return nan_unless_factor(xp, xp.linalg.cholesky(a), a)
-    finite = finite_members(xp, a)
-    safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
-    (factor,) = by_halving(xp, lambda x: (xp.linalg.cholesky(x),), safe, lambda x: (xp.full_like(x, xp.nan),))
-    return xp.where(finite, factor, xp.nan)
-
-
-def nan_unless_factor(xp: Namespace, factor: Array, a: Array) -> Array:
-    """Cholesky factors with NaN in the members that they do not belong to.
-
-    CuPy leaves finite garbage where a factorisation broke off, and its norms may pass for
-    those of an inverse; but only a factor of the matrix has its diagonal.
-    """
-    rows, diagonal = xp.linalg.vecdot(factor, factor), xp.linalg.diagonal(a)
-    precision = 8 * a.shape[-1] * eps(xp, a)
-    fits = xp.all(xp.abs(rows - diagonal) <= precision * xp.abs(diagonal), axis=-1)
-    return xp.where(fits[..., None, None], factor, xp.nan)
-
-
 def has_fast_inverse(a: Array) -> bool:
     """Whether `inverse`, one call for all, beats the way by Cholesky factors: for a few small matrices on NumPy.
 
@@ -280,36 +244,6 @@ def merges_products(a: Array, b: Array) -> bool:
     return not is_numpy(a) or (a.flags.c_contiguous and a.size * b.shape[-1] >= 2**24)
 
 
-def inverse(xp: Namespace, a: Array) -> Array:
-    """Inverses of square matrices; not finite, or not an inverse at all, in members that have none.
-
-    NumPy's public function raises for a whole stack and computes float32 in float64. What
-    comes out holds for a member whose condition number says so. Where a member has none,
-    NumPy would warn, but every door is `quiet`.
-    """
-    kernel = getattr(getattr(np.linalg, "_umath_linalg", None), "inv", None)
-    if is_numpy(a) and kernel is not None:
-        return kernel(a, signature="f->f" if a.dtype == np.float32 else "d->d")
-    if is_torch(a) and a.device.type == "cpu":
-        return _nan_where_failed(*sys.modules["torch"].linalg.inv_ex(a))
-    finite = finite_members(xp, a)
-    # A NaN can keep a GPU's LU factorisation busy for ever.
-    safe = xp.where(finite, a, eye(xp, a.shape[-1], a))
-    if is_jax(a):
-        return xp.where(finite, xp.linalg.inv(safe), xp.nan)
-    if is_torch(a):
-        return xp.where(finite, _nan_where_failed(*sys.modules["torch"].linalg.inv_ex(safe)), xp.nan)
-    (result,) = by_halving(xp, lambda x: (xp.linalg.inv(x),), safe, lambda x: (xp.full_like(x, xp.nan),))
-    return xp.where(finite, result, xp.nan)
-
-
-def _nan_where_failed(result: Array, failed: Array) -> Array:
-    """What torch's functions without checks return, with NaN in members that they could not do."""
-    if failed.device.type == "cpu" and not bool(failed.any()):
-        return result
-    return sys.modules["torch"].where((failed == 0)[..., None, None], result, math.nan)
-
-
 def norms(xp: Namespace, a: Array) -> Array:
     """Frobenius norm of each member of a stack of matrices."""
     if is_numpy(a):
@@ -319,126 +253,6 @@ def norms(xp: Namespace, a: Array) -> Array:
         return sys.modules["torch"].linalg.vector_norm(a, dim=(-2, -1))
     flat = xp.reshape(a, (*a.shape[:-2], a.shape[-2] * a.shape[-1]))
     return xp.sqrt(xp.linalg.vecdot(flat, flat))
-
-
-def inverse_of_factored(factor: Array) -> Array | None:
-    """Inverses of matrices with given lower Cholesky factors by the library's own means, else None.
-
-    Symmetric up to rounding.
-    """
-    if is_numpy(factor):
-        return _gram_of_lower(_inverse_lower_in_place(factor))
-    if is_torch(factor):
-        return sys.modules["torch"].cholesky_inverse(factor)
-    if is_jax(factor):
-        jax = sys.modules["jax"]
-        identity = jax.numpy.broadcast_to(jax.numpy.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
-        half = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-        return half.mT @ half
-    return None
-
-
-def _inverse_lower_in_place(lower: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """`linalg.inverse_lower` on NumPy: the same rounds, written through views of one array."""
-    n = lower.shape[-1]
-    flat = np.ascontiguousarray(lower).reshape(-1, n, n)
-    inverse = np.zeros_like(flat)
-    with np.errstate(all="ignore"):
-        whole = n - n % _SMALLEST
-        _substitute(flat[:, :whole, :whole], inverse[:, :whole, :whole], _SMALLEST)
-        _substitute(flat[:, whole:, whole:], inverse[:, whole:, whole:], n % _SMALLEST)
-        size = _SMALLEST
-        while size < n:
-            whole = n // (2 * size)
-            top, bottom = _blocks(inverse, 0, 0, size, whole), _blocks(inverse, size, size, size, whole)
-            product = bottom @ (_blocks(flat, size, 0, size, whole) @ top)
-            np.negative(product, out=_blocks(inverse, size, 0, size, whole))
-            start = 2 * size * whole
-            if n - start > size:
-                # What is left at the end holds one block and a smaller one.
-                left, right = slice(start, start + size), slice(start + size, None)
-                inverse[:, right, left] = -(inverse[:, right, right] @ (flat[:, right, left] @ inverse[:, left, left]))
-            size *= 2
-    return inverse.reshape(lower.shape)
-
-
-def _gram_of_lower(lower: Array) -> Array:
-    """lowerᵀ lower of lower triangular matrices, where they are large without the products with zeros."""
-    n = lower.shape[-1]
-    if n < 2 * BLAS_THREADS_FROM:
-        return lower.mT @ lower
-    h = n // 2
-    left, right = lower[..., h:, :h], lower[..., h:, h:]
-    product = np.empty_like(lower)
-    product[..., :h, :h] = _gram_of_lower(lower[..., :h, :h])
-    product[..., :h, :h] += left.mT @ left
-    corner = np.matmul(right.mT, left, out=product[..., h:, :h])
-    product[..., :h, h:] = corner.mT
-    product[..., h:, h:] = _gram_of_lower(right)
-    return product
-
-
-# Below this size a matrix product is all overhead: rows of all blocks are worked on at once.
-_SMALLEST = 4
-
-
-def _substitute(lower: np.ndarray[Any, Any], inverse: np.ndarray[Any, Any], size: int) -> None:
-    """Invert the diagonal blocks of `size` by forward substitution, with blocks on the last axes."""
-    if not lower.shape[-1]:
-        return
-    rows, result = _tiles(lower, size).copy(), _tiles(inverse, size)
-    for i in range(size):
-        pivot = 1.0 / rows[i, i]
-        result[i, i] = pivot
-        for k in range(i):
-            rows[i, k] *= -pivot
-        for j in range(i):
-            total = rows[i, j] * result[j, j]
-            for k in range(j + 1, i):
-                total += rows[i, k] * result[k, j]
-            result[i, j] = total
-
-
-def _tiles(a: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
-    """A view of the diagonal blocks, (members, n, n) to (size, size, members, n / size)."""
-    member, down, right = a.strides
-    return np.lib.stride_tricks.as_strided(
-        a, (size, size, a.shape[0], a.shape[-1] // size), (down, right, member, size * (down + right))
-    )
-
-
-def _blocks(a: np.ndarray[Any, Any], row: int, column: int, size: int, count: int) -> np.ndarray[Any, Any]:
-    """A view of the blocks at (row, column) in each of `count` diagonal tiles of twice the size."""
-    member, down, right = a.strides
-    return np.lib.stride_tricks.as_strided(
-        a[:, row:, column:],
-        (a.shape[0], count, size, size),
-        (member, 2 * size * (down + right), down, right),
-    )
-
-
-def by_halving(
-    xp: Namespace, factorise: Callable[[Array], Any], a: Array, alone: Callable[[Array], tuple[Array, ...]]
-) -> tuple[Array, ...]:
-    """Factorise a stack although the library raises for all of it when one member fails.
-
-    Libraries that raise do not say which member failed, so the stack is halved until every
-    failure is alone; `alone` then gives its factors, with a batch axis of length one.
-    """
-    try:
-        return tuple(factorise(a))
-    except (ValueError, RuntimeError) as error:
-        # NumPy's is a ValueError, torch's a RuntimeError.
-        if not type(error).__name__.endswith("LinAlgError"):
-            raise
-        flat = xp.reshape(a, (-1, *a.shape[-2:]))
-        if flat.shape[0] == 1:
-            parts = alone(flat)
-        else:
-            middle = flat.shape[0] // 2
-            halves = [by_halving(xp, factorise, half, alone) for half in (flat[:middle, ...], flat[middle:, ...])]
-            parts = tuple(xp.concat(pair) for pair in zip(*halves, strict=True))
-        return tuple(xp.reshape(part, (*a.shape[:-2], *part.shape[1:])) for part in parts)
 
 
 def stack_products(

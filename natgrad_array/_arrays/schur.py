@@ -1,6 +1,6 @@
 """Inverses of stacks of small matrices by matrix products, where LAPACK's calls take longer than those.
 
-On a CPU JAX and torch hand LAPACK one member after another, at a tenth of the rate of a product.
+On a CPU all libraries hand LAPACK one member after another, at a tenth of the rate of a product.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 
 from natgrad_array._arrays.control import compiled
-from natgrad_array._arrays.libraries import Array, is_jax, is_torch
+from natgrad_array._arrays.factorisations import cholesky, inverse_lower_in_place
+from natgrad_array._arrays.libraries import Array, is_jax, is_numpy, is_torch, namespace
 
 FEWEST = 16
 """Of so many members on, blocks are faster than LAPACK's calls on JAX."""
@@ -31,6 +32,8 @@ _LARGEST_GENERAL = {"jax": 16, "torch": 8}
 def inverts_by_blocks(a: Array, *, positive: bool = False) -> bool:
     """Whether `inverse_by_blocks` or `inverse_lower_by_blocks` is the faster way."""
     n, members = int(a.shape[-1]), math.prod(a.shape[:-2])
+    if is_numpy(a):
+        return positive and a.size > 0
     if is_torch(a) and a.device.type == "cpu":
         fewest, largest = (_FEWEST_ROWS, _LARGEST) if positive else (_MANY_ROWS, _LARGEST_GENERAL)
         # What works in place has no derivative.
@@ -44,9 +47,9 @@ def _leaf(a: Array) -> int:
     """What matrices are cut to.
 
     JAX goes through those row by row, with the members of the stack on the last axis. So does torch
-    with many of this size at most, and leaves the others to LAPACK.
+    with many of half this size at most, and it leaves the others to LAPACK, as NumPy does.
     """
-    return 8 if is_jax(a) else 16
+    return 8 if is_jax(a) else 16 if is_torch(a) else 32
 
 
 def inverse_by_blocks(a: Array) -> Array:
@@ -94,13 +97,13 @@ def _inverse(a: Array) -> Array:
 
 
 def _inverse_lower(a: Array) -> Array:
-    n = int(a.shape[-1])
+    n, leaf = int(a.shape[-1]), _leaf(a)
     if is_jax(a):
-        if n <= _leaf(a):
+        if n <= leaf:
             return _members_first(_eliminate_below(_members_last(a)))
-    elif n <= 8 and a.shape[0] * n >= _MANY_ROWS:
+    elif is_torch(a) and 2 * n <= leaf and a.shape[0] * n >= _MANY_ROWS:
         return _eliminate_in_place(a)
-    elif 2 * n <= 3 * _leaf(a):
+    elif 2 * n <= 3 * leaf:  # a rest of half a leaf is not worth calls of its own
         return _inverse_of_factor(a)
     h = _half(a)
     first = _inverse_lower(a[:, :h, :h])
@@ -111,7 +114,7 @@ def _inverse_lower(a: Array) -> Array:
         jnp = sys.modules["jax"].numpy
         top = jnp.concatenate([first, jnp.zeros_like(below.mT)], axis=-1)
         return jnp.concatenate([top, jnp.concatenate([below, last], axis=-1)], axis=-2)
-    found = sys.modules["torch"].zeros_like(a, memory_format=sys.modules["torch"].contiguous_format)
+    found = namespace(a).zeros(tuple(a.shape), dtype=a.dtype)
     found[:, :h, :h], found[:, h:, :h], found[:, h:, h:] = first, below, last
     return found
 
@@ -158,7 +161,9 @@ def _eliminate_below(a: Array) -> Array:
 
 
 def _inverse_of_factor(a: Array) -> Array:
-    """L⁻¹ on torch, by LAPACK's factorisation and its substitution."""
+    """L⁻¹ by LAPACK's factorisation, and on torch by its substitution."""
+    if is_numpy(a):
+        return inverse_lower_in_place(cholesky(namespace(a), a))
     torch = sys.modules["torch"]
     factor, failed = torch.linalg.cholesky_ex(a)
     found = torch.linalg.solve_triangular(factor, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device), upper=False)
