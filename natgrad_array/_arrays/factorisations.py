@@ -136,15 +136,17 @@ def inverse_lower_in_place(lower: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     inverse = np.zeros_like(flat)
     with np.errstate(all="ignore"):
         whole = n - n % _SMALLEST
-        _substitute(flat[:, :whole, :whole], inverse[:, :whole, :whole], _SMALLEST)
-        _substitute(flat[:, whole:, whole:], inverse[:, whole:, whole:], n % _SMALLEST)
+        _substitute(flat, inverse, 0, whole, _SMALLEST)
+        _substitute(flat, inverse, whole, n, n % _SMALLEST)
         size = _SMALLEST
         while size < n:
-            whole = n // (2 * size)
-            top, bottom = _blocks(inverse, 0, 0, size, whole), _blocks(inverse, size, size, size, whole)
-            product = bottom @ (_blocks(flat, size, 0, size, whole) @ top)
-            np.negative(product, out=_blocks(inverse, size, 0, size, whole))
-            start = 2 * size * whole
+            start = n - n % (2 * size)
+            if start:
+                top, bottom, corner = (
+                    _blocks(inverse, size, 2 * size, 0, start, at=at) for at in ((0, 0), (size, size), (size, 0))
+                )
+                product = bottom @ (_blocks(flat, size, 2 * size, 0, start, at=(size, 0)) @ top)
+                np.negative(product, out=corner)
             if n - start > size:
                 # What is left at the end holds one block and a smaller one.
                 left, right = slice(start, start + size), slice(start + size, None)
@@ -173,11 +175,12 @@ def gram_of_lower(lower: Array) -> Array:
 _SMALLEST = 4
 
 
-def _substitute(lower: np.ndarray[Any, Any], inverse: np.ndarray[Any, Any], size: int) -> None:
-    """Invert the diagonal blocks of `size` by forward substitution, with blocks on the last axes."""
-    if not lower.shape[-1]:
+def _substitute(lower: np.ndarray[Any, Any], inverse: np.ndarray[Any, Any], start: int, stop: int, size: int) -> None:
+    """Invert the diagonal blocks of `size` between two rows by forward substitution, with blocks on the last axes."""
+    if start == stop:
         return
-    rows, result = _tiles(lower, size).copy(), _tiles(inverse, size)
+    rows, result = (_blocks(a, size, size, start, stop).transpose(2, 3, 0, 1) for a in (lower, inverse))
+    rows = rows.copy()
     for i in range(size):
         pivot = 1.0 / rows[i, i]
         result[i, i] = pivot
@@ -190,19 +193,18 @@ def _substitute(lower: np.ndarray[Any, Any], inverse: np.ndarray[Any, Any], size
             result[i, j] = total
 
 
-def _tiles(a: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
-    """A view of the diagonal blocks, (members, n, n) to (size, size, members, n / size)."""
-    member, down, right = a.strides
-    return np.lib.stride_tricks.as_strided(
-        a, (size, size, a.shape[0], a.shape[-1] // size), (down, right, member, size * (down + right))
-    )
+def _blocks(
+    a: np.ndarray[Any, Any], size: int, tile: int, start: int, stop: int, *, at: tuple[int, int] = (0, 0)
+) -> np.ndarray[Any, Any]:
+    """A view (members, tiles, size, size) of one block in each diagonal tile between two rows of a contiguous array.
 
-
-def _blocks(a: np.ndarray[Any, Any], row: int, column: int, size: int, count: int) -> np.ndarray[Any, Any]:
-    """A view of the blocks at (row, column) in each of `count` diagonal tiles of twice the size."""
+    Made by hand: `as_strided` takes as long as a product of small blocks.
+    """
     member, down, right = a.strides
-    return np.lib.stride_tricks.as_strided(
-        a[:, row:, column:],
-        (a.shape[0], count, size, size),
-        (member, 2 * size * (down + right), down, right),
+    return np.ndarray(
+        (a.shape[0], (stop - start) // tile, size, size),
+        a.dtype,
+        a,
+        (start + at[0]) * down + (start + at[1]) * right,
+        (member, tile * (down + right), down, right),
     )
