@@ -56,6 +56,7 @@ def test_pieces_make_up_the_whole(first: tuple[int, ...], second: tuple[int, ...
 def test_torch_makes_its_pieces_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(_arrays.pieces, "PIECE_BYTES", 2 * 4 * 4 * 8)
+    monkeypatch.setattr(_arrays.pieces, "_cache_bytes", lambda: 0)
     rng = np.random.default_rng(0)
     a, b = (torch.asarray(rng.standard_normal(shape), requires_grad=True) for shape in ((2, 21, 4, 4), (21, 4, 4)))
     lengths = []
@@ -72,6 +73,18 @@ def test_torch_makes_its_pieces_one_after_the_other(monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
     gradients = [torch.autograd.grad(sum(part.square().sum() for part in parts), (a, b)) for parts in (found, wanted)]
     assert all(torch.allclose(f, w) for f, w in zip(*gradients, strict=True))
+
+
+def test_torch_leaves_whole_what_the_last_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(_arrays.pieces, "PIECE_BYTES", 2 * 4 * 4 * 8)
+    a, cores = torch.zeros((42, 4, 4), dtype=torch.float64), [(4, 4), (4, 4)]
+    for cache, whole in ((0, False), (2 * 3 * a.nbytes - 1, False), (2 * 3 * a.nbytes, True)):
+        monkeypatch.setattr(_arrays.pieces, "_cache_bytes", lambda size=cache: size)
+        assert _arrays.pays_in_pieces((a,), cores) is not whole
+    # What is mapped anew each time is cut even so.
+    monkeypatch.setattr(_arrays.pieces, "MAPPED_BYTES", a.nbytes)
+    assert _arrays.pays_in_pieces((a,), cores)
 
 
 @pytest.mark.usefixtures("small_pieces")
