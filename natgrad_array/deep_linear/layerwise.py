@@ -36,10 +36,11 @@ def layerwise(
         calls = _square_factors(layers, factors)
         # Calls of LAPACK within one compiled function could meet.
         whole = _goes_by_blocks(layers) and not (calls and _arrays.calls_may_meet(layers[0], calls))
-        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(rungs, calls=calls) if whole else rungs)
+        ways = _compiled(rungs, layers[0], calls=calls) if whole else rungs
+        return _in_pieces(xp, layers, factors, scale, with_excess, ways)
     rest: list[Rung] = [square.by_layer_inverses, _by_duals]
     if square.is_small(layers):
-        return _descend(xp, layers, factors, scale, with_excess, _compiled([square.by_one_inverse, *rest]))
+        return _descend(xp, layers, factors, scale, with_excess, _compiled([square.by_one_inverse, *rest], layers[0]))
     # With the excess it is a simulation, whose networks are soon as well conditioned as the target.
     tries = with_excess or _arrays.branches_freely(layers[0])
 
@@ -52,18 +53,22 @@ def layerwise(
             first = [square.by_pair_inverses]
         elif by_blocks:
             first = [square.by_layer_inverses_without_pivots]
-        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(first + rest))
+        return _in_pieces(xp, layers, factors, scale, with_excess, _compiled(first + rest, layers[0]))
 
     found: Directions = _arrays.branch(
         square.one_inverse_serves(layers) if tries else False,
-        lambda: _in_pieces(xp, layers, factors, scale, with_excess, _compiled([square.by_one_inverse, *rest])),
+        lambda: _in_pieces(
+            xp, layers, factors, scale, with_excess, _compiled([square.by_one_inverse, *rest], layers[0])
+        ),
         without_one,
     )
     return found
 
 
-def _compiled(rungs: list[Rung], *, calls: int = 1) -> list[Rung]:
-    """The same compiled on JAX; with so many calls of LAPACK side by side, but for the last, which has more."""
+def _compiled(rungs: list[Rung], like: Array, *, calls: int = 1) -> list[Rung]:
+    """The same; for JAX compiled, with so many calls of LAPACK side by side, but for the last, which has more."""
+    if not _arrays.is_jax(like):
+        return rungs
 
     def compiled(rung: Rung) -> Rung:
         def as_one(
@@ -71,7 +76,7 @@ def _compiled(rungs: list[Rung], *, calls: int = 1) -> list[Rung]:
         ) -> tuple[Directions, Array]:
             # Singular values of every factor.
             most = 2 * (len(layers) - 1) if rung is _by_duals else calls
-            if not _arrays.is_jax(layers[0]) or (most > 1 and _arrays.calls_may_meet(layers[0], most)):
+            if most > 1 and _arrays.calls_may_meet(layers[0], most):
                 return rung(xp, layers, factors, scale, with_excess)
             names, stacks = _as_stacks(layers, factors)
             cores = [*_cores(layers, with_excess), (1, 1)]

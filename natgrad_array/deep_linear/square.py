@@ -31,8 +31,8 @@ def is_square(layers: tuple[Array, ...], factors: TaskFactors) -> bool:
 
 def is_small(layers: tuple[Array, ...]) -> bool:
     """Whether there is too little work for a probe, or for threads, to save any."""
-    members = math.prod(_arrays.broadcast_shapes(tuple(layer.shape[:-2]) for layer in layers))
-    return members * layers[0].shape[-1] ** 3 < 2**18 and not _arrays.is_lazy(layers[0])
+    largest = max(math.prod(layer.shape) for layer in layers)
+    return largest * layers[0].shape[-1] < 2**18 and not _arrays.is_lazy(layers[0])
 
 
 def one_inverse_serves(layers: tuple[Array, ...]) -> Array:

@@ -302,7 +302,8 @@ class GaussianTask:
     @property
     def batch_shape(self) -> Shape:
         """Batch shape of the task: that of its four moments, broadcast."""
-        return _arrays.broadcast_shapes(tuple(getattr(self, name).shape[:-2]) for name in _MOMENTS)
+        moments = self.input_moment, self.noise_covariance, self.cross_moment, self.output_moment
+        return _arrays.broadcast_shapes([tuple(moment.shape[:-2]) for moment in moments])
 
     @property
     def n_inputs(self) -> int:
