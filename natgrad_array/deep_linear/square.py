@@ -20,7 +20,7 @@ Found = tuple[tuple[Array, ...], Array]
 """The directions (and the excess loss where it is asked for), and which members have them right."""
 
 PROBED = 16
-"""Members looked at before a way is chosen for a stack, and at most one in so many."""
+"""Members looked at before a way is chosen for a stack, and at most one in twice as many."""
 
 
 def is_square(layers: tuple[Array, ...], factors: TaskFactors) -> bool:
@@ -71,7 +71,7 @@ def _pairs_serve(_: None, layers: tuple[Array, ...]) -> Array:
 def _probe(layers: tuple[Array, ...]) -> tuple[Array, ...]:
     """A few of the members."""
     batch = _arrays.broadcast_shapes(tuple(layer.shape[:-2]) for layer in layers)
-    some = _some(batch, min(PROBED, -(-math.prod(batch) // PROBED)))
+    some = _some(batch, min(PROBED, -(-math.prod(batch) // (2 * PROBED))))
     return tuple(layer[(*some[len(batch) + 2 - layer.ndim :], ...)] for layer in layers)
 
 
