@@ -100,3 +100,11 @@ def test_a_shift_is_inverted_with_its_own_condition(dtype: str) -> None:
         wanted = (vectors * np.where(kept, 1.0 / (np.where(kept, values, 1.0) + shift[b, 0, 0]), 0.0)) @ vectors.T
         error = np.linalg.norm(found[b] - wanted) / np.linalg.norm(wanted)
         assert error <= (1e3 * eps if b != 1 else 0.1)
+
+
+def test_what_a_shift_does_not_make_positive_has_its_inverse_all_the_same() -> None:
+    """The rounding of a covariance is no larger than a shift that is to be seen; what users hand over may be."""
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0]
+    a = np.stack([(basis * values) @ basis.T for values in ([1.0, 2, 3, 4, 5, 6], [-1.0, 2, 3, 4, 5, 6])])
+    found = linalg.shifted_inverse(np, a, np.full((2, 1, 1), 0.25))
+    np.testing.assert_allclose(found, np.linalg.inv(a + 0.25 * np.eye(6)), rtol=0, atol=1e-13)

@@ -238,6 +238,19 @@ def test_inputs_that_never_move_in_some_directions(sizes: tuple[int, ...]) -> No
     assert np.max(np.abs(found[0][..., -1])) <= 1e-12
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_either_end_of_a_waist_decides(backend: Backend, layer: int) -> None:
+    """Member 1 has lost a rank at one end; on torch both ends are inverted as one stack."""
+    weights, given = [w.copy() for w in network((8, 3, 8), batch=5)], moments(8, 8)
+    u, s, vh = np.linalg.svd(weights[layer][1], full_matrices=False)
+    s[-1] = 0.0
+    weights[layer][1] = (u * s) @ vh
+    task, layers = ng.GaussianTask(*backend.asarrays(*given)), backend.asarrays(*weights)
+    found = backend.call(lambda w, t: dl.natural_gradient(w, t), layers, task)
+    tol = 1e-9 if backend.float64 else 5e-4
+    assert_members([backend.to_numpy(d) for d in found], tuple(weights), given, tol)
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_members_without_a_certificate_take_the_next_rung_alone(sizes: tuple[int, ...]) -> None:
     """Member 1 has a singular layer, member 2 one of condition 1e5: each gets what it would get alone."""
