@@ -60,6 +60,14 @@ def nan_unless_factor(xp: Namespace, factor: Array, a: Array) -> Array:
     return xp.where(fits[..., None, None], factor, xp.nan)
 
 
+def has_fast_inverse(a: Array) -> bool:
+    """Whether `inverse`, one call for all, beats the way by Cholesky factors: for a few small matrices on NumPy.
+
+    By sizes alone, so that digits do not depend on where it is called.
+    """
+    return bool(is_numpy(a) and a.shape[-1] <= BLAS_THREADS_FROM and a.size < 2**13)
+
+
 def inverse(xp: Namespace, a: Array) -> Array:
     """Inverses of square matrices; not finite, or not an inverse at all, in members that have none.
 

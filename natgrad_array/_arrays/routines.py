@@ -1,4 +1,4 @@
-"""Products and factorisations by the fastest routine of each library; the table of what lies outside the standard."""
+"""Products, sums and norms by the fastest routine of each library; the table of what lies outside the standard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from natgrad_array._arrays.checks import broadcast_shapes
-from natgrad_array._arrays.factorisations import BLAS_THREADS_FROM
 from natgrad_array._arrays.libraries import (
     Array,
     Namespace,
@@ -220,14 +219,6 @@ def spectral_product(xp: Namespace, vectors: Array, values: Array) -> Array:
         first = int(needed.to(sys.modules["torch"].uint8).argmax()) if bool(needed.any()) else 0
         vectors, values = vectors[..., first:], values[..., first:]
     return (vectors * values[..., None, :]) @ xp.matrix_transpose(vectors)
-
-
-def has_fast_inverse(a: Array) -> bool:
-    """Whether `inverse`, one call for all, beats the way by Cholesky factors: for a few small matrices on NumPy.
-
-    By sizes alone, so that digits do not depend on where it is called.
-    """
-    return bool(is_numpy(a) and a.shape[-1] <= BLAS_THREADS_FROM and a.size < 2**13)
 
 
 def calls_outweigh_work(a: Array) -> bool:

@@ -302,8 +302,7 @@ class GaussianTask:
     @property
     def batch_shape(self) -> Shape:
         """Batch shape of the task: that of its four moments, broadcast."""
-        moments = self.input_moment, self.noise_covariance, self.cross_moment, self.output_moment
-        return _arrays.broadcast_shapes([tuple(moment.shape[:-2]) for moment in moments])
+        return _arrays.broadcast_shapes(tuple(getattr(self, name).shape[:-2]) for name in _MOMENTS)
 
     @property
     def n_inputs(self) -> int:
