@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -27,6 +28,12 @@ _checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthChec
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=_checks)
 settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=_checks)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """What is here by now stays: the tests themselves, and the libraries, need not be searched for garbage."""
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True, scope="module")

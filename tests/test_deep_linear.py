@@ -146,7 +146,7 @@ def test_everything_on_numpy(dtype, name):
 
 # JAX compiles every shape anew, which is slow: one small case eagerly, and one of each solver under jit.
 SLOW = {
-    "jax": [("float64", "all singular 3"), ("float32", "all singular 3")],
+    "jax": [("float64", "all singular 3")],
     "jax-jit": [("float64", "all singular 3"), ("float64", "many pairs, bottleneck 3"), ("float32", "intermediate 3")],
 }
 COMBINATIONS = [

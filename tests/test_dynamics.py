@@ -9,7 +9,7 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
-from backends import DASK, JAX, Backend
+from backends import DASK, JAX, Backend, compiled_if_jax
 from reference import Problem, case, product, relative, split, stack, well_conditioned
 from scipy.integrate import solve_ivp
 
@@ -52,6 +52,7 @@ def integrated_modes(depth: int) -> np.ndarray:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_gradient_flow_modes_solve_their_equation(backend, dtype, depth):
+    compiled_if_jax(backend)
     arrays = (STARTS[:, None], TARGETS, TIMES[:, None, None])
     initial, target, time = backend.asarrays(*(a.astype(dtype) for a in arrays))
     found = backend.call(functools.partial(dl.gradient_flow_modes, depth=depth), initial, target, time)
@@ -223,6 +224,7 @@ def test_layerwise_rule_bends_the_path_elsewhere():
 
 
 def test_natural_gradient_flow(backend, dtype):
+    compiled_if_jax(backend)
     problem = case("wide 3")
     _, moments = problem.on(backend, dtype)
     start = np.random.default_rng(0).standard_normal((2, 3, 4))

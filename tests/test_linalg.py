@@ -14,7 +14,7 @@ import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
-from backends import BACKENDS, JAX, NUMPY, STRICT_DEVICE1, STRICT_DEVICE2, Backend
+from backends import BACKENDS, JAX, JAX_JIT, NUMPY, STRICT_DEVICE1, STRICT_DEVICE2, Backend, compiled_if_jax
 from cases import (
     BATCH_SHAPES,
     RECTANGLES,
@@ -1229,6 +1229,7 @@ def test_eigh_that_does_not_converge_is_nan_in_its_member(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 31, 33])
 def test_inverse_of_factored_is_the_standard_one(backend: Backend, dtype: str, n: int) -> None:
+    compiled_if_jax(backend)
     lower = np.linalg.cholesky(positive_definite((2, 3), n)).astype(dtype)
     fast = backend.call(linalg._arrays.inverse_of_factored, backend.asarray(lower))
     half = backend.to_numpy(backend.call(lambda x: linalg.inverse_lower(backend.xp, x), backend.asarray(lower)))
@@ -1369,7 +1370,9 @@ def test_positive_inverses_by_blocks_are_as_accurate_as_those_of_lapack(backend:
     positive[4] = 0.0
     (a,) = backend.asarrays(positive)
     assert _arrays.inverts_by_blocks(a, positive=True)
-    inverse, condition = map(backend.to_numpy, linalg.positive_inverse(backend.xp, a))
+    # Op by op, JAX compiles hundreds of them for each size.
+    call = JAX_JIT.call if backend is JAX else backend.call
+    inverse, condition = map(backend.to_numpy, call(linalg.positive_inverse, backend.xp, a))
     assert np.array_equal(backend.to_numpy(a), positive, equal_nan=True)
     assert not np.isfinite(condition[1:5]).any()
     rest = np.delete(np.arange(members), slice(1, 5))
@@ -1432,10 +1435,12 @@ def test_inverses_by_blocks_are_as_accurate_as_those_of_lapack(backend: Backend,
     (a,) = backend.asarrays(general)
     assert _arrays.inverts_by_blocks(a)
     # What is certified later could all have been repaired: most members need no repair.
-    bare = backend.to_numpy(_arrays.inverse_by_blocks(a))[4:-1]
+    # Op by op, JAX compiles hundreds of them for each size.
+    call = JAX_JIT.call if backend is JAX else backend.call
+    bare = backend.to_numpy(call(_arrays.inverse_by_blocks, a))[4:-1]
     rest = general[4:-1].astype(np.float64)
     assert np.median(np.abs(rest @ bare - np.eye(n)).max((-2, -1))) < 1e3 * n * eps
-    inverse, condition = linalg.inverse_without_pivots(backend.xp, a)
+    inverse, condition = call(linalg.inverse_without_pivots, backend.xp, a)
     assert np.array_equal(backend.to_numpy(a), general, equal_nan=True)
     certified = np.isfinite(backend.to_numpy(condition))
     assert not certified[:2].any()

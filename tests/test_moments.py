@@ -15,7 +15,7 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
-from backends import BACKENDS, DASK, JAX, JAX_JIT, STRICT_DEVICE1, STRICT_DEVICE2, Backend
+from backends import BACKENDS, DASK, JAX, JAX_JIT, STRICT_DEVICE1, STRICT_DEVICE2, Backend, compiled_if_jax
 from cases import BATCH_SHAPES, orthogonal
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,12 +76,12 @@ def exact(
     return x[0] + shift, scatter / (total - correction * (w**2).sum() / total)
 
 
-def assert_close(actual: np.ndarray, desired: np.ndarray, tol: float | None = None) -> None:
+def assert_close(actual: np.ndarray, desired: np.ndarray, tol: float | None = None, case: str = "") -> None:
     """Compare on the scale of the largest entry, as rounding in a matrix product goes."""
     assert actual.shape == desired.shape
     tol = tolerance(actual.dtype) if tol is None else tol
     scale = float(np.max(np.abs(desired), initial=0.0))
-    np.testing.assert_allclose(actual, desired.astype(np.float64), rtol=tol, atol=tol * scale)
+    np.testing.assert_allclose(actual, desired.astype(np.float64), rtol=tol, atol=tol * scale, err_msg=case)
 
 
 def numpy_moments(backend: Backend, moments: Moments) -> Moments:
@@ -269,34 +269,33 @@ def ways(n: int, dtype: str = "float64") -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("n", [64, 65, 127, 300])
-@pytest.mark.parametrize("name", ways(64))
-def test_many_samples_with_and_without_a_mean(everywhere, dtype, name, n, monkeypatch):
+def test_many_samples_with_and_without_a_mean(everywhere, dtype, n, monkeypatch):
     if n in (65, 300):  # as if they were too many to be copied unseen
         monkeypatch.setattr("natgrad_array.moments.SMALL_BYTES", 0)
-    x = ways(n, dtype if everywhere.float64 else "float32")[name]
-    given_x = everywhere.asarray(x)
 
     def run(a: Any) -> tuple[Any, ...]:
         return covariance(a), covariance(a, correction=1), Moments.from_samples(a)
 
-    direct, unbiased, moments = everywhere.call(run, given_x)
-    everywhere.check(direct, given_x)
-    direct, unbiased = everywhere.to_numpy(direct), everywhere.to_numpy(unbiased)
-    moments = numpy_moments(everywhere, moments)
-    tol = 1e-13 if direct.dtype == np.float64 else 1e-5
-    eps = float(np.finfo(direct.dtype).eps)
-    for cov in (direct, moments.scatter):
-        np.testing.assert_array_equal(cov, np.swapaxes(cov, -1, -2))
-    for b in range(6):
-        mean, cov = exact(x[b])
-        assert_close(direct[b], cov, tol)
-        assert_close(unbiased[b], exact(x[b], None, 1)[1], tol)
-        assert_close(moments.scatter[b], cov * n, tol)
-        # On the scale of the spread where that is larger than the mean.
-        bound = 10 * eps * (np.abs(mean) + np.sqrt(np.diagonal(cov)))
-        assert np.all(np.abs(moments.mean[b] - mean) <= bound)
-        if name == "constant":
-            assert np.all(np.abs(direct[b][1]) <= eps**2)
+    for name, x in ways(n, dtype if everywhere.float64 else "float32").items():
+        given_x = everywhere.asarray(x)
+        direct, unbiased, moments = everywhere.call(run, given_x)
+        everywhere.check(direct, given_x)
+        direct, unbiased = everywhere.to_numpy(direct), everywhere.to_numpy(unbiased)
+        moments = numpy_moments(everywhere, moments)
+        tol = 1e-13 if direct.dtype == np.float64 else 1e-5
+        eps = float(np.finfo(direct.dtype).eps)
+        for cov in (direct, moments.scatter):
+            np.testing.assert_array_equal(cov, np.swapaxes(cov, -1, -2), err_msg=name)
+        for b in range(6):
+            mean, cov = exact(x[b])
+            assert_close(direct[b], cov, tol, name)
+            assert_close(unbiased[b], exact(x[b], None, 1)[1], tol, name)
+            assert_close(moments.scatter[b], cov * n, tol, name)
+            # On the scale of the spread where that is larger than the mean.
+            bound = 10 * eps * (np.abs(mean) + np.sqrt(np.diagonal(cov)))
+            assert np.all(np.abs(moments.mean[b] - mean) <= bound), name
+            if name == "constant":
+                assert np.all(np.abs(direct[b][1]) <= eps**2)
 
 
 @pytest.mark.parametrize("shrinkage", SHRINKERS)
@@ -493,6 +492,7 @@ def test_branch_takes_one_way(backend):
 
 @pytest.mark.parametrize("shape", [(30, 4), (4, 30), (2, 3), (50, 1), (1, 1), (400, 2)], ids=str)
 def test_estimated_shrinkage_is_scikit_learns(everywhere, dtype, shape):
+    compiled_if_jax(everywhere)
     x = np.stack([samples(*shape, seed=seed, dtype=dtype) * scale for seed, scale in ((0, 1), (1, 1e-3), (2, 50))])
     given_x = everywhere.asarray(x)
     choices = list(itertools.product(SHRINKERS, (False, True)))

@@ -12,7 +12,7 @@ import mpmath
 import network_reference as ref
 import numpy as np
 import pytest
-from backends import JAX, JAX_JIT, NUMPY, Backend
+from backends import JAX, JAX_JIT, NUMPY, Backend, compiled_if_jax
 from network_reference import FEW, NETS, TWO, case, on, relative, tangent_of, truth
 
 from natgrad_array.networks import (
@@ -123,6 +123,7 @@ def derivatives(kind: str) -> tuple[np.ndarray, ...]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_likelihoods_against_autodifferentiation(backend: Backend, kind: str, dtype: str) -> None:
     """The residual is the first derivative of the loss, the metric the second, R a root of it."""
+    compiled_if_jax(backend)
     f, y, loss, grad, hessian = derivatives(kind)
     mine = likelihoods(backend, dtype)[kind]
     outputs = backend.asarray(f.astype(dtype))
@@ -352,6 +353,7 @@ def test_against_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", TWO)
 def test_on_every_library(backend: Backend, name: str, dtype: str) -> None:
+    compiled_if_jax(backend)
     net, params, x, y = on(backend, case(name), dtype)
     wanted = truth(name)
     moved = backend.asarrays(*(d.astype(dtype) for d in tangent_of(case(name).params)))

@@ -114,11 +114,11 @@ def test_a_constructor_is_as_its_arrays() -> None:
 
 
 def test_the_budget_is_kept(tmp_path: Path) -> None:
-    """An ensemble twenty times larger, made as it goes, with records on disk."""
+    """An ensemble eight times larger, made as it goes, with records on disk."""
     sizes, budget = (8, 12, 8), 2**23
     task = random_task(8, 8)
     each = 8 * sum(m * n for n, m in itertools.pairwise(sizes))
-    members = 20 * budget // each
+    members = 8 * budget // each
 
     def weights(start: int, stop: int) -> tuple[np.ndarray, ...]:
         return dl.gaussian(start, sizes, (stop - start,), like=np.empty(0))
