@@ -33,9 +33,7 @@ def gram(xp: Namespace, x: Array, divisor: Any = 1, *, less: Array | None = None
     mirrors that, so that no mean of both halves is needed.
     """
     if is_torch(x) and x.ndim == 3 and isinstance(divisor, int | float):
-        # The product is scaled as it is made, and needs no pass over memory for that.
-        blank = x.new_empty(()).expand(x.shape[0], x.shape[2], x.shape[2])
-        half = sys.modules["torch"].baddbmm(blank, x.mT, x, beta=0, alpha=0.5 / divisor)
+        half = scaled_product(x.mT, x, 0.5 / divisor)
         product = half + half.mT
         return product if less is None else add_outer(xp, product, less / divisor**0.5, -1)
     product, halves = xp.matrix_transpose(x) @ x, 1
@@ -74,6 +72,16 @@ def symmetrized(a: Array, divisor: Array | None = None) -> Array:
         return a / divisor
     a /= divisor
     return a
+
+
+def scaled_product(a: Array, b: Array, scale: float) -> Array:
+    """A new scale a b, which torch scales as it is made, without a pass over memory."""
+    if is_torch(a) and a.ndim == 3 and a.shape[:-2] == b.shape[:-2]:
+        blank = a.new_empty(()).expand(a.shape[0], a.shape[1], b.shape[2])
+        return sys.modules["torch"].baddbmm(blank, a, b, beta=0, alpha=scale)
+    product = a @ b
+    product *= scale
+    return product
 
 
 def scaled_gap(a: Array, b: Array, c: Array, scale: float) -> Array:

@@ -20,7 +20,7 @@ Found = tuple[tuple[Array, ...], Array]
 """The directions (and the excess loss where it is asked for), and which members have them right."""
 
 PROBED = 16
-"""Members looked at before a way is chosen for a stack, and at most one in twice as many."""
+"""Members looked at before a way is chosen for a stack, and at most one in four times as many."""
 
 
 def is_square(layers: tuple[Array, ...], factors: TaskFactors) -> bool:
@@ -71,7 +71,7 @@ def _pairs_serve(_: None, layers: tuple[Array, ...]) -> Array:
 def _probe(layers: tuple[Array, ...]) -> tuple[Array, ...]:
     """A few of the members."""
     batch = _arrays.broadcast_shapes(tuple(layer.shape[:-2]) for layer in layers)
-    some = _some(batch, min(PROBED, -(-math.prod(batch) // (2 * PROBED))))
+    some = _some(batch, min(PROBED, -(-math.prod(batch) // (4 * PROBED))))
     return tuple(layer[(*some[len(batch) + 2 - layer.ndim :], ...)] for layer in layers)
 
 
@@ -109,8 +109,7 @@ def by_one_inverse(
     inverse, certified = _one_inverse(xp, product)
     gap = product - factors.optimum
     excess = (_excess(xp, gap, factors),) if with_excess else ()
-    gap *= scale
-    moved = layers[0] @ (inverse @ gap)
+    moved = layers[0] @ _arrays.scaled_product(inverse, gap, scale)
     found = [moved]
     moved = moved @ inverse
     for layer, rest in zip(layers[1:], reversed(ahead), strict=True):
