@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from natgrad_array._arrays.checks import broadcast_shapes
+from natgrad_array._arrays.control import branch
 from natgrad_array._arrays.libraries import (
     Array,
     Namespace,
@@ -217,16 +218,31 @@ def plus_transpose(a: Array) -> Array:
 
 
 def spectral_product(xp: Namespace, vectors: Array, values: Array) -> Array:
-    """V diag(values) Vᵀ; on torch's CPU without the first columns whose value is 0 in every member.
+    """V diag(values) Vᵀ; on a CPU without the first columns whose value is 0 in every member.
 
-    These are half of all in a stack of rank n/2, whose eigenvalues come in ascending order.
-    To look for them takes longer than the products of matrices below 16 × 16.
+    These are half of all in a stack of rank n/2, whose eigenvalues come in ascending order. JAX,
+    which compiles for a number of them, leaves out that half or none. To look for them takes
+    longer than the products of matrices below 16 × 16.
     """
-    if is_torch(values) and values.device.type == "cpu" and values.ndim > 1 and values.shape[-1] >= 16:
-        needed = (values != 0.0).flatten(0, -2).any(dim=0)
-        first = int(needed.to(sys.modules["torch"].uint8).argmax()) if bool(needed.any()) else 0
-        vectors, values = vectors[..., first:], values[..., first:]
-    return (vectors * values[..., None, :]) @ xp.matrix_transpose(vectors)
+
+    def of_columns_from(first: int) -> Array:
+        kept = vectors[..., first:]
+        return (kept * values[..., None, first:]) @ xp.matrix_transpose(kept)
+
+    n = values.shape[-1]
+    if values.ndim == 1 or n < 16 or not _is_on_host(values):
+        return of_columns_from(0)
+    if is_jax(values):
+        return branch(xp.any(values[..., : n // 2] != 0.0), lambda: of_columns_from(0), lambda: of_columns_from(n // 2))
+    needed = xp.any(xp.reshape(values, (math.prod(values.shape[:-1]), n)) != 0.0, axis=0)
+    return of_columns_from(int(xp.argmax(xp.astype(needed, xp.uint8))))
+
+
+def _is_on_host(array: Array) -> bool:
+    """Whether it is NumPy's, torch's or JAX's, and on a CPU."""
+    if is_jax(array):
+        return bool(sys.modules["jax"].default_backend() == "cpu")
+    return is_numpy(array) or (is_torch(array) and array.device.type == "cpu")
 
 
 def calls_outweigh_work(a: Array) -> bool:
