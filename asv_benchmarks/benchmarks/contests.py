@@ -132,6 +132,7 @@ def pinvh_half_rank(backend: Backend, dtype: str, *, batch: int, n: int) -> list
     return [
         Contestant("pinvh", "ours", ng.pinvh, (a,), jit=False),
         Contestant("pinv(hermitian)", "written", functools.partial(peers.pinv, backend.xp), (a,)),
+        Contestant("pinv, symmetric in and out", "other", functools.partial(peers.symmetric_pinv, backend.xp), (a,)),
         *_traced(backend, ng.pinvh, (a,)),
         Contestant("a @ a", "product", _square, (a,)),
     ]

@@ -44,6 +44,12 @@ def inverse(xp: Any, a: Array) -> Array:
     return half.mT @ half
 
 
+def symmetric_pinv(xp: Any, a: Array) -> Array:
+    """`pinv` of the symmetric part, and symmetric itself to the last bit."""
+    found = pinv(xp, (a + a.mT) / 2)
+    return (found + found.mT) / 2
+
+
 def pinv_preconditioned(xp: Any, grad: Array, left: Array, right: Array) -> Array:
     """left⁺ grad right⁺ by two pseudo-inverses."""
     return pinv(xp, left) @ grad @ pinv(xp, right)
