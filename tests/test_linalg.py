@@ -1434,9 +1434,9 @@ def test_inverses_by_blocks_are_as_accurate_as_those_of_lapack(backend: Backend,
     general[3, 0, 0] = 30 * eps  # loses nearly all digits without a pivot, and comes out finite
     (a,) = backend.asarrays(general)
     assert _arrays.inverts_by_blocks(a)
-    # What is certified later could all have been repaired: most members need no repair.
     # Op by op, JAX compiles hundreds of them for each size.
     call = JAX_JIT.call if backend is JAX else backend.call
+    # What is certified later could all have been repaired: most members need no repair.
     bare = backend.to_numpy(call(_arrays.inverse_by_blocks, a))[4:-1]
     rest = general[4:-1].astype(np.float64)
     assert np.median(np.abs(rest @ bare - np.eye(n)).max((-2, -1))) < 1e3 * n * eps

@@ -303,11 +303,6 @@ def test_bad_values_of_one_task_raise(backend, bad):
         ng.GaussianTask(**{key: backend.asarray(array) for key, array in moments(**{name: value}).items()})
 
 
-def in_a_stack(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
-    """The bad moment in the middle of three members; the other moments are not stacked."""
-    return moments(**{name: np.stack([moments()[name], value, moments()[name]])})
-
-
 @pytest.mark.parametrize("backend", EAGER, ids=str, indirect=True)
 @pytest.mark.parametrize("name", MOMENTS)
 def test_bad_values_in_a_stack_are_nan_there(backend, name):
@@ -542,7 +537,7 @@ def test_pickle(backend):
 
 
 def test_repr():
-    task = ng.GaussianTask(**in_a_stack("noise_covariance", 2 * EYE2))
+    task = ng.GaussianTask(**moments(noise_covariance=np.stack([EYE2, 2 * EYE2, EYE2])))
     assert repr(task) == "GaussianTask(n_inputs=3, n_outputs=2, input_rank=3, batch_shape=(3,))"
 
 
